@@ -1,0 +1,1306 @@
+"""COCO-GAN: a generative adversarial network that makes images by parts.
+
+    python coco_gan.py train                      # toy faces that the project draws, minutes on a CPU
+    python coco_gan.py train --data ./celeba      # a folder or a zip of photographs
+    python coco_gan.py sample                     # a picture from the newest checkpoint under runs/
+
+Source: Lin, Chang, Chen, Juan, Wei, Chen, "COCO-GAN: Generation by Parts via Conditional Coordinating",
+ICCV 2019. Sections, equations, figures and appendices named below are that paper's.
+
+Symbols (appendix B) and how they are spelled here. Order is always (y, x), (height, width), rows first.
+
+    z      z            latent vector, uniform on [-1, 1], one for all the patches of an image
+    c''    c_micro      where a micro patch is, in [-1, 1]²
+    c'     c_macro      where a macro patch is, in [-1, 1]²
+    s''    s_micro      G(z, c''), a generated micro patch of S x S pixels
+    s'     s_macro      φ(S''), a generated macro patch: N x M micro patches side by side
+    x'     x_macro      ψ(x, c'), a real macro patch: a crop of the real image x
+    ŝ'     s_hat        a point on the line from x' to s'
+    φ, ψ   merge_patches, crop_patches
+    R, K   config.R, K  rows and columns of micro patches in a full image
+    B                   macro patches in a batch; b·N·M + n·M + m numbers its micro patches
+    λ, α   lambda_gp, alpha_s
+
+Deviations from the paper are marked "Deviation:" where they happen and listed in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.func import functional_call
+
+from data import UserError, load_images, release_pages
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration (section 3.1, appendix C). All that decides what is learned, and nothing else, is a field:
+# each field is a flag of `train` and part of every checkpoint.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _field(default, low, high, text):
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+CROPS = ("center", "celeba", "squash")
+
+
+@dataclass(frozen=True)
+class Config:
+    height: int = _field(64, 1, 16384, "height of a full image, pixels")
+    width: int = _field(64, 1, 16384, "width of a full image, pixels")
+    N: int = _field(2, 1, 256, "micro patches down a macro patch")
+    M: int = _field(2, 1, 256, "micro patches across a macro patch")
+    S: int = _field(16, 1, 4096, "side of a micro patch, pixels")
+    z_dim: int = _field(128, 1, 4096, "values in a latent vector")
+    width_g: int = _field(
+        64, 1, 1024, "channels of G's widest maps (in pixels); it begins with 16 times as many"
+    )
+    width_d: int = _field(64, 1, 1024, "channels unit of D, which ends with 8 times as many")
+    lambda_gp: float = _field(10.0, 0, 1e6, "weight λ of the gradient penalty L_GP")
+    alpha_s: float = _field(100.0, 0, 1e6, "weight α of the spatial consistency loss L_S")
+    lr_g: float = _field(1e-4, 0, 1, "learning rate of G")
+    lr_d: float = _field(4e-4, 0, 1, "learning rate of D and A")
+    beta1: float = _field(0.0, 0, 0.9999, "Adam's β1")
+    beta2: float = _field(0.999, 0, 0.999999, "Adam's β2")
+    batch_size: int = _field(128, 2, 65536, "macro patches a step")
+    steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
+    average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
+    precision: str = _field("auto", None, None, "auto, float32 or bfloat16, for the networks' convolutions")
+    seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
+    data: str = _field("toy:faces", None, None, "folder or zip of photographs, or toy:faces")
+    crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
+    mirror: bool = _field(False, None, None, "mirror half of the real images")
+    holdout: int = _field(0, 0, 10**9, "images kept out of training, for evaluation")
+
+    @property
+    def R(self) -> int:
+        return self.height // self.S
+
+    @property
+    def K(self) -> int:
+        return self.width // self.S
+
+
+# Sizes and batches are the paper's and its code's. 150 epochs of CelebA (table 2) and a million steps of LSUN
+# (appendix E) give the steps; the other lengths are ours. So are `tiny` and `small`, tuned on two CPU cores.
+CPU = dict(width_g=16, width_d=16, batch_size=16, lr_g=5e-4, lr_d=2e-3, alpha_s=10.0)
+PRESETS = {
+    "celeba64": dict(batch_size=64, steps=350_000),
+    "celeba128": dict(height=128, width=128, S=32, steps=180_000),
+    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000),
+    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000),
+    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000),
+    "lsun64": dict(steps=1_000_000),
+    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
+    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
+    "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
+    "small": dict(steps=5_000, **CPU),
+}
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for the first field, or pair of fields, that makes no model."""
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        if type(value).__name__ != field.type:
+            raise UserError(f"{flag(field.name)} is {value!r}; it must be of type {field.type}")
+        if low is not None and not low <= value <= high:  # also refuses a NaN
+            raise UserError(f"{flag(field.name)} {value} is out of range; give {low} to {high}")
+    for side in ("height", "width"):
+        pixels, S = getattr(config, side), config.S
+        if pixels % S:
+            near = " or ".join(str(n) for n in (pixels // S * S, (pixels // S + 1) * S) if n)
+            raise UserError(f"--{side} {pixels} is not divisible by --S {S}; try --{side} {near}")
+    for name, most, side in (("N", config.R, "height"), ("M", config.K, "width")):
+        if getattr(config, name) > most:
+            found = (
+                f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
+            )
+            raise UserError(f"{found}; try --{name} {most} or a smaller --S")
+    for name, allowed in (("precision", PRECISIONS), ("crop", CROPS)):
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Coordinates (section 2, "Spatial coordinate system"; appendix C, "Coordinate Setup")
+# ----------------------------------------------------------------------------------------------------------
+
+
+def coordinate(i: torch.Tensor, count: int) -> torch.Tensor:
+    """Spread positions 0 … count-1 evenly over [-1, 1]; a side with one position is at 0.
+
+    Positions may be fractions or lie outside, and so do their coordinates. Any shape, float32.
+    """
+    return -1 + 2 * i / (count - 1) if count > 1 else torch.zeros(i.shape, device=i.device)
+
+
+def micro_coordinates(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """c'' of the micro patches in rows i (0 … R-1) and columns j (0 … K-1): (…), (…) -> (…, 2) as (y, x)."""
+    return torch.stack([coordinate(i, config.R), coordinate(j, config.K)], -1)
+
+
+def macro_coordinates(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """c' of the macro patches that begin in row i (0 … R-N) and column j (0 … K-M): (…), (…) -> (…, 2)."""
+    return torch.stack([coordinate(i, config.R - config.N + 1), coordinate(j, config.K - config.M + 1)], -1)
+
+
+def micro_matrix(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """C'', the micro coordinates inside each macro patch (i, j): (B,), (B,) -> (B·N·M, 2), row by row."""
+    n, m = torch.meshgrid(torch.arange(config.N), torch.arange(config.M), indexing="ij")
+    rows = i.view(-1, 1) + n.flatten()  # (B, N·M)
+    columns = j.view(-1, 1) + m.flatten()
+    return micro_coordinates(config, rows, columns).flatten(0, 1)
+
+
+def full_matrix(config: Config) -> torch.Tensor:
+    """C''_full, the micro coordinates of a whole image: (R·K, 2), row by row (appendix B, "Testing only")."""
+    i, j = torch.meshgrid(torch.arange(config.R), torch.arange(config.K), indexing="ij")
+    return micro_coordinates(config, i, j).flatten(0, 1)
+
+
+def merge_patches(patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """φ: put micro patches side by side, without overlap.
+
+    (B·rows·columns, C, S, S) -> (B, C, rows·S, columns·S). Source: section 2, "a concatenation function".
+    """
+    _, C, S, _ = patches.shape
+    grid = patches.reshape(-1, rows, columns, C, S, S).permute(
+        0, 3, 1, 4, 2, 5
+    )  # (B, C, rows, S, columns, S)
+    return grid.reshape(-1, C, rows * S, columns * S)
+
+
+def crop_patches(images, index, top, left, height: int, width: int) -> torch.Tensor:
+    """ψ: cut a macro patch out of each of B stored images.
+
+    Args: images (n, H, W, 3) uint8; index, top, left (B,) int64, on the device of the images, in pixels.
+    Returns: (B, 3, height, width) float32 in [-1, 1], channels last in memory. Only these pixels are read.
+    Source: section 2, "a cropping transformation ψ".
+    """
+    rows = top.view(-1, 1, 1) + torch.arange(height, device=top.device).view(-1, 1)
+    columns = left.view(-1, 1, 1) + torch.arange(width, device=top.device)
+    crop = images[index.view(-1, 1, 1), rows, columns]  # (B, height, width, 3)
+    return crop.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Networks (appendix C, figures 13 and 14). All convolutions are 3 x 3 but the shortcuts', which are 1 x 1.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def spectral_vectors(net: nn.Module) -> dict[str, torch.Tensor]:
+    """One right singular vector v, still random, for each weight that is to be spectrally normalised."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {f"{n}.weight": F.normalize(torch.randn(m.weight[0].numel()), dim=0) for n, m in layers.items()}
+
+
+def spectral_norm(net: nn.Module, vectors: dict[str, torch.Tensor], iterate: bool) -> dict[str, torch.Tensor]:
+    """The parameters of net with every W in `vectors` divided by σ(W), its largest singular value.
+
+    σ is estimated as ‖W v‖, and v by one power iteration, in place, if `iterate`. The network is then applied
+    by `functional_call(net, parameters, inputs)`: one iteration a step, however often it is applied in that.
+    Source: Miyato et al., "Spectral Normalization for GANs", ICLR 2018, algorithm 1; on G and D, appendix C.
+    """
+    parameters = {}
+    for name, p in net.named_parameters():
+        if name in vectors:
+            W, v = p.flatten(1), vectors[name]  # (out, in), (in,)
+            if iterate:
+                with torch.no_grad():
+                    v.copy_(F.normalize(W.T @ (W @ v), dim=0))
+            p = p / (W @ v).norm()
+        parameters[name] = p
+    return parameters
+
+
+class ConditionalBatchNorm(nn.Module):
+    """o = γ(z, c'') · (i - μ) / σ + β(z, c''), with γ and β linear in the condition (appendix C).
+
+    Deviation: the paper says MLPs. One linear map each, not spectrally normalised, as its authors released; γ
+    starts at 1 and β at 0 whatever the condition.
+    """
+
+    def __init__(self, channels: int, condition: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.weight = nn.Parameter(torch.zeros(2 * channels, condition))
+        self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
+
+    def forward(self, x, condition):  # (B, C, h, w), (B, condition) -> (B, C, h, w)
+        gamma, beta = F.linear(condition, self.weight, self.bias)[:, :, None, None].chunk(2, dim=1)
+        return gamma * self.norm(x) + beta
+
+
+class GeneratorBlock(nn.Module):
+    """ReLU, ×2, conv, CBN, ReLU, conv, plus the shortcut ×2, 1 x 1 conv (figure 13b)."""
+
+    def __init__(self, c_in: int, c_out: int, condition: int, upscale: bool):
+        super().__init__()
+        self.upscale = 2 if upscale else 1
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.cbn = ConditionalBatchNorm(c_out, condition)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, condition):  # (B, c_in, h, w) -> (B, c_out, 2h, 2w)
+        h = self.conv1(self.up(F.relu(x)))
+        h = self.conv2(F.relu(self.cbn(h, condition)))
+        return h + self.up(
+            self.shortcut(x)
+        )  # a 1 x 1 convolution before ×2 gives what it gives after, for a quarter
+
+    def up(self, x):
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.upscale == 2 else x
+
+
+class Generator(nn.Module):
+    """G(z, c''): one micro patch from a latent vector and the patch's place (figure 13a).
+
+    Larger patches repeat the last block and smaller ones leave it out; those under 16 pixels keep the depth
+    of 16 but their last one or two blocks do not upscale (appendix C). `config` says what it was built for.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        condition = config.z_dim + 2
+        side, ups = config.S, 0
+        while side % 2 == 0 and side >= 4:
+            side, ups = side // 2, ups + 1
+        depth = max(ups, 3)
+        channels = [
+            config.width_g * max(2 ** (4 - b), 1) for b in range(depth + 1)
+        ]  # 16, 8, 4, 2, 1, 1, … widths
+        self.start = (channels[0], side, side)
+        self.linear = nn.Linear(condition, math.prod(self.start))
+        self.blocks = nn.ModuleList(
+            GeneratorBlock(channels[b], channels[b + 1], condition, upscale=b < ups) for b in range(depth)
+        )
+        self.norm = nn.BatchNorm2d(channels[-1])
+        self.conv = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        initialise(self)
+
+    def forward(self, z, c_micro):  # (B, z_dim), (B, 2) -> (B, 3, S, S) in [-1, 1]
+        condition = torch.cat([z, c_micro], dim=1)
+        x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            x = block(x, condition)
+        return torch.tanh(self.conv(F.relu(self.norm(x))).float())
+
+
+class DiscriminatorBlock(nn.Module):
+    """ReLU (not in the first), conv, ReLU, conv, pool, plus the shortcut pool, 1 x 1 conv (figure 14b)."""
+
+    def __init__(self, c_in: int, c_out: int, first: bool, pool: bool):
+        super().__init__()
+        self.first, self.pool = first, pool
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):  # (B, c_in, h, w) -> (B, c_out, h/2, w/2), odd sides rounded up
+        h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x))))
+        if self.pool:
+            h, x = F.avg_pool2d(h, 2, ceil_mode=True), F.avg_pool2d(x, 2, ceil_mode=True)
+        return h + self.shortcut(x)
+
+
+class Discriminator(nn.Module):
+    """D(x', c'): how real a macro patch is, and its last feature h, which the heads read (figure 14a).
+
+    Larger macro patches repeat the first block and smaller ones leave it out, so that the last map has 4 to 7
+    pixels on its shorter side.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        side, pools = min(config.N, config.M) * config.S, 0
+        while side >= 8:
+            side, pools = (side + 1) // 2, pools + 1
+        last = 8 * config.width_d
+        channels = [
+            3,
+            *[max(last >> b, config.width_d) for b in reversed(range(pools))],
+            last,
+        ]  # …, 1, 2, 4, 8, 8
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(channels[b], channels[b + 1], first=b == 0, pool=b < pools)
+            for b in range(pools + 1)
+        )
+        self.linear = nn.Linear(last, 1)
+        self.projection = nn.Linear(2, last)
+        initialise(self)
+
+    def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, 2) -> (B,), (B, 8 · width_d)
+        for block in self.blocks:
+            x = block(x)
+        # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. In float32
+        # from here, as scores differ by little: ⟨linear, h⟩ + ⟨projection(c'), h⟩.
+        h = F.relu(x).float().sum(dim=(2, 3))
+        return (h * (self.linear.weight + self.projection(c_macro))).sum(dim=1) + self.linear.bias, h
+
+
+class Head(nn.Module):
+    """A: the coordinate, or Q: the latent vector, that D's last feature tells of (figure 14c)."""
+
+    def __init__(self, features: int, outputs: int):
+        super().__init__()
+        self.linear1 = nn.Linear(features, 128)
+        self.norm = nn.BatchNorm1d(128)
+        self.linear2 = nn.Linear(128, outputs)
+        initialise(self)
+
+    def forward(self, h):  # (B, features) -> (B, outputs) in [-1, 1]
+        return torch.tanh(self.linear2(F.leaky_relu(self.norm(self.linear1(h)), 0.2)))
+
+
+def initialise(net: nn.Module) -> None:
+    """Glorot's uniform weights and zero biases. Deviation: the paper says nothing of it."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    net.to(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Losses (section 2, equations 1 to 4). D, A minimise -L_W + λ L_GP + α L_S(x'), G minimises L_W + α L_S(s').
+# Equation 1 prints L_W with the opposite signs, with which D would learn to prefer s'.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def wasserstein(score_real: torch.Tensor, score_generated: torch.Tensor) -> torch.Tensor:
+    """L_W = E[D(x')] - E[D(s')] (equation 2)."""
+    return score_real.mean() - score_generated.mean()
+
+
+def gradient_penalty(score, x_macro, s_macro, epsilon) -> torch.Tensor:
+    """L_GP = E[(‖∇D(ŝ')‖₂ - 1)²], ŝ' = ε s' + (1-ε) x' (equation 3), the norm over all pixels of a sample.
+
+    Args: score maps (B, 3, h, w) to (B,); x_macro, s_macro (B, 3, h, w); epsilon (B,) in [0, 1].
+    """
+    epsilon = epsilon.view(-1, 1, 1, 1)
+    s_hat = (epsilon * s_macro.detach() + (1 - epsilon) * x_macro).requires_grad_()
+    (gradient,) = torch.autograd.grad(score(s_hat).sum(), s_hat, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def spatial_consistency(c_macro: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
+    """L_S = E[‖c' - A(·)‖²] (equation 4), squared as its neighbour in the text, ACGAN's "L2-loss", is."""
+    return (c_macro - estimate).square().sum(dim=1).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training (section 2; appendix C, "Hyperparameters")
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that training changes."""
+
+    config: Config
+    device: torch.device
+    step: int
+    G: Generator
+    G_average: Generator  # its weights are averages of those that G applies, so it needs no normalisation
+    D: Discriminator
+    A: Head
+    vectors: dict[str, dict[str, torch.Tensor]]  # of the spectral norms of G, D and A
+    opt_G: torch.optim.Adam
+    opt_D: torch.optim.Adam
+    rng: torch.Generator  # on the CPU whatever the device, so that a seed means the same batches everywhere
+
+
+def new_state(config: Config, device: torch.device) -> State:
+    torch.manual_seed(config.seed)
+    G, D = Generator(config), Discriminator(config)
+    A = Head(D.linear.in_features, 2)
+    G_average = copy.deepcopy(G).requires_grad_(False).eval()
+    vectors = {name: spectral_vectors(net) for name, net in (("G", G), ("D", D), ("A", A))}
+    for net in (G, G_average, D, A):
+        net.to(device)
+    for v in vectors.values():
+        v.update({name: tensor.to(device) for name, tensor in v.items()})
+    betas = (config.beta1, config.beta2)
+    fused = device.type in ("cpu", "cuda")
+    opt_G = torch.optim.Adam(G.parameters(), lr=config.lr_g, betas=betas, fused=fused)
+    opt_D = torch.optim.Adam([*D.parameters(), *A.parameters()], lr=config.lr_d, betas=betas, fused=fused)
+    rng = torch.Generator().manual_seed(config.seed)
+    return State(config, device, 0, G, G_average, D, A, vectors, opt_G, opt_D, rng)
+
+
+@dataclass
+class Batch:
+    x_macro: torch.Tensor  # (B, 3, N·S, M·S) float32
+    c_macro: torch.Tensor  # (B, 2), of the real and of the generated macro patches alike
+    c_micro: torch.Tensor  # (B·N·M, 2)
+    z: torch.Tensor  # (B, z_dim)
+    epsilon: torch.Tensor  # (B,)
+
+
+def draw_batch(config: Config, images: torch.Tensor, train: torch.Tensor, rng, device) -> Batch:
+    """Draw B images, discrete positions and latents, all uniformly (appendix C, "Coordinate Setup").
+
+    Args: images (n, H, W, 3) uint8 on any device; train: numbers of the images that may be drawn.
+    """
+    B = config.batch_size
+    index = train[torch.randint(len(train), (B,), generator=rng)]
+    i = torch.randint(config.R - config.N + 1, (B,), generator=rng)
+    j = torch.randint(config.K - config.M + 1, (B,), generator=rng)
+    z = latent(B, config.z_dim, rng)
+    epsilon = torch.rand(B, generator=rng)
+    mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
+
+    height, width = config.N * config.S, config.M * config.S
+    left = torch.where(
+        mirror, config.width - width - j * config.S, j * config.S
+    )  # where it lies in the stored image
+    place = [move(t, images.device) for t in (index, i * config.S, left)]
+    x_macro = move(crop_patches(images, *place, height, width), device)
+    x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
+    c_macro, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
+    return Batch(x_macro, *(move(t, device) for t in (c_macro, c_micro, z, epsilon)))
+
+
+def latent(count: int, z_dim: int, rng: torch.Generator) -> torch.Tensor:
+    """z, uniform on [-1, 1]: (count, z_dim) (appendix C, "Coordinate Setup")."""
+    return 2 * torch.rand(count, z_dim, generator=rng) - 1
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
+    """s' = φ(G(z, C'')): the macro patches of a batch, (B, 3, N·S, M·S) in [-1, 1]."""
+    N, M = state.config.N, state.config.M
+    with mixed_precision(state):
+        s_micro = functional_call(
+            state.G, parameters, (batch.z.repeat_interleave(N * M, dim=0), batch.c_micro)
+        )
+    return merge_patches(s_micro, N, M).contiguous(memory_format=torch.channels_last)
+
+
+def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One Adam step of D and A; returns L_W, L_GP and L_S of the real macro patches."""
+    config, B = state.config, len(batch.x_macro)
+    D_sn = spectral_norm(state.D, state.vectors["D"], iterate=True)
+    A_sn = spectral_norm(state.A, state.vectors["A"], iterate=True)
+
+    def D(x, c_macro):
+        with mixed_precision(state):
+            return functional_call(state.D, D_sn, (x, c_macro))
+
+    score, h = D(torch.cat([batch.x_macro, s_macro.detach()]), batch.c_macro.repeat(2, 1))
+    L_W = wasserstein(score[:B], score[B:])
+    L_GP = gradient_penalty(lambda s_hat: D(s_hat, batch.c_macro)[0], batch.x_macro, s_macro, batch.epsilon)
+    L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h[:B],)))
+    state.opt_D.zero_grad()
+    (-L_W + config.lambda_gp * L_GP + config.alpha_s * L_S).backward()
+    state.opt_D.step()
+    return L_W.detach(), L_GP.detach(), L_S.detach()
+
+
+def generator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One Adam step of G through the updated D, which stays as it is; returns -E[D(s')] and L_S of s'."""
+    with torch.no_grad():
+        D_sn = spectral_norm(state.D, state.vectors["D"], iterate=False)
+        A_sn = spectral_norm(state.A, state.vectors["A"], iterate=False)
+    with mixed_precision(state):
+        score, h = functional_call(state.D, D_sn, (s_macro, batch.c_macro))
+    L_G = -score.mean()  # the part of L_W that G can change
+    L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h,)))
+    state.opt_G.zero_grad()
+    (L_G + state.config.alpha_s * L_S).backward()
+    state.opt_G.step()
+    return L_G.detach(), L_S.detach()
+
+
+LOSSES = ("L_W", "L_GP", "L_S_real", "L_G", "L_S_generated")
+
+
+def train_step(state: State, batch: Batch) -> torch.Tensor:
+    """One step of D and one of G, which share the generated macro patches; returns the five LOSSES, (5,)."""
+    G_sn = spectral_norm(state.G, state.vectors["G"], iterate=True)
+    s_macro = generate_macro(state, G_sn, batch)
+    losses = discriminator_step(state, batch, s_macro) + generator_step(state, batch, s_macro)
+    update_average(state, G_sn)
+    state.step += 1
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def update_average(state: State, G_sn: dict[str, torch.Tensor]) -> None:
+    """Move G_average towards the weights, as normalised, and the running statistics that this step's G had.
+
+    Deviation: the paper samples from G itself. The decay grows to its full value over the first steps.
+    """
+    decay = min(state.config.average, (1 + state.step) / (10 + state.step))
+    now = {**G_sn, **dict(state.G.named_buffers())}
+    average = {**dict(state.G_average.named_parameters()), **dict(state.G_average.named_buffers())}
+    for name, tensor in average.items():
+        if tensor.is_floating_point():
+            tensor.lerp_(now[name], 1 - decay)
+        else:
+            tensor.copy_(now[name])  # BatchNorm2d's count of batches
+
+
+def mixed_precision(state: State) -> torch.autocast:
+    """bfloat16 convolutions where the processor has them; losses, penalty, sums and Adam stay in float32."""
+    wanted, device = state.config.precision, state.device.type
+    if wanted == "auto":
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast |= device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=fast if wanted == "auto" else wanted == "bfloat16")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints and the run folder
+# ----------------------------------------------------------------------------------------------------------
+
+FORMAT = "coco-gan checkpoint 1"
+
+
+def save_checkpoint(state: State, run: Path, fingerprint: str, keep: int) -> Path:
+    """Write all of the state as one file, whole or not at all, and delete all but the newest `keep` files."""
+    path = run / f"checkpoint-{state.step:09d}.pt"
+    contents = {"format": FORMAT, "config": dataclasses.asdict(state.config), "step": state.step}
+    contents |= {"images": fingerprint, "vectors": state.vectors, "rng": state.rng.get_state()}
+    contents |= {name: getattr(state, name).state_dict() for name in STATEFUL}
+    temporary = run / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    for old in checkpoints(run)[:-keep]:
+        old.unlink()
+    return path
+
+
+STATEFUL = ("G", "G_average", "D", "A", "opt_G", "opt_D")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*.pt"))
+
+
+def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> Path:
+    """A checkpoint file as given, or the newest in a run folder, or the newest under runs/."""
+    if where is None:
+        runs = {run: checkpoints(run) for run in Path("runs").glob("*")}
+        newest = [paths[-1] for paths in runs.values() if paths]
+        if not newest:
+            raise UserError("there is no checkpoint under runs/; train one with: python coco_gan.py train")
+        return max(newest, key=lambda path: path.stat().st_mtime)
+    path = Path(where)
+    if path.is_dir():
+        if not checkpoints(path):
+            raise UserError(
+                f"{command} {where} holds no checkpoint-*.pt; give a run folder, like runs/tiny-001"
+            )
+        return checkpoints(path)[-1]
+    if not path.is_file():
+        raise UserError(f"{command} {where} does not exist; give a checkpoint file or a run folder")
+    return path
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict:
+    """Load a checkpoint without running code in it; UserError unless it is a whole one of this program."""
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
+        strange = isinstance(error, pickle.UnpicklingError)
+        why = "it holds code, or PyTorch did not write it" if strange else "it is damaged or cut short"
+        raise UserError(f"{path} is no checkpoint that can be loaded: {why}; give another file") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of this program (no {FORMAT!r} in it); give another file"
+        )
+    return contents
+
+
+def config_of(contents: dict, path: Path) -> Config:
+    """The configuration in a checkpoint, checked like one from the command line."""
+    try:
+        config = Config(**contents["config"])
+        check_config(config)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} has a configuration that this version cannot use: {error}") from error
+    return config
+
+
+def load_weights(net, contents: dict, name: str, path: Path) -> None:
+    try:
+        net.load_state_dict(contents[name])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged: its {name} does not fit its configuration; give another file"
+        ) from error
+
+
+def load(
+    checkpoint: str | Path | None = None, device: str | torch.device = "cpu", raw: bool = False
+) -> Generator:
+    """The generator of a checkpoint file, of a run folder or (None) of the newest run, ready to sample.
+
+    Args: raw: its weights themselves, instead of their running average.
+    Returns: G, in evaluation mode and float32; G.config has its sizes. See `full_image`.
+    Raises: UserError (a ValueError).
+    """
+    path = find_checkpoint(checkpoint)
+    contents = read_checkpoint(path, torch.device(device))
+    config = config_of(contents, path)
+    G = Generator(config).to(device)
+    load_weights(G, contents, "G" if raw else "G_average", path)
+    if raw:
+        with torch.no_grad():
+            for name, p in spectral_norm(G, contents["vectors"]["G"], iterate=False).items():
+                G.get_parameter(name).copy_(p)
+    return G.requires_grad_(False).eval()
+
+
+def restore(state: State, contents: dict, path: Path) -> None:
+    """Put everything back where the checkpoint was written."""
+    for name in STATEFUL:
+        load_weights(getattr(state, name), contents, name, path)
+    for name, vectors in state.vectors.items():
+        for key, v in vectors.items():
+            v.copy_(contents["vectors"][name][key])
+    state.rng.set_state(contents["rng"].cpu())
+    state.step = contents["step"]
+
+
+def fingerprint_of(images: np.ndarray) -> str:
+    """Tells one set of decoded images from another wherever they lie: their shape and 64 of them."""
+    some = images[np.linspace(0, len(images) - 1, 64).astype(int)]
+    return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(some.tobytes()):08x}"
+
+
+def new_run(wanted: str | None, preset: str) -> Path:
+    """Make the folder of a new run: the one asked for, or the next free runs/<preset>-NNN."""
+    try:
+        if wanted is not None:
+            run = Path(wanted)
+            run.mkdir(parents=True, exist_ok=True)
+            if checkpoints(run) or (run / "log.jsonl").exists():
+                raise UserError(
+                    f"--run {run} holds a run already; go on with it by --resume {run}, or name another"
+                )
+            return run
+        number = 1
+        while True:
+            run = Path("runs") / f"{preset}-{number:03d}"
+            try:
+                run.mkdir(parents=True)
+                return run
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(
+            f"--run {run} cannot be made: {error.strerror}; name a folder that can be written"
+        ) from error
+
+
+def lock_run(run: Path):
+    """Keep other processes out of a run folder for as long as the returned file is open and we are alive."""
+    try:
+        file = open(run / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--run {run} cannot be written: {error.strerror}; name another folder") from error
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"--run {run} is in use by another process; wait for it or name another folder"
+        ) from error
+    return file
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling (section 2, "testing phase"): full images exist only here
+# ----------------------------------------------------------------------------------------------------------
+
+
+def latents(seeds, z_dim: int = 128) -> torch.Tensor:
+    """One latent vector for each seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine."""
+    return torch.stack([latent(1, z_dim, torch.Generator().manual_seed(seed))[0] for seed in seeds])
+
+
+@torch.inference_mode()
+def full_image(G: Generator, z: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """s = φ(G(z, C''_full)): full images, each from the R·K patches of its own latent vector.
+
+    Args: z (B, z_dim) in [-1, 1], any device; batch_size: images at a time.
+    Returns: (B, 3, height, width) float32 in [-1, 1], on the device of G.
+    Source: section 2, "testing phase"; appendix B, "Testing Only".
+    """
+    config, device = G.config, next(G.parameters()).device
+    c_full = full_matrix(config).to(device)  # (R·K, 2)
+    images = []
+    for part in z.to(device).split(batch_size):
+        s_micro = G(
+            part.repeat_interleave(len(c_full), dim=0), c_full.repeat(len(part), 1)
+        )  # (B·R·K, 3, S, S)
+        images.append(merge_patches(s_micro, config.R, config.K))
+    return torch.cat(images)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Lay images (B, H, W, 3) uint8 out row by row on white, as square as can be: one picture (h, w, 3)."""
+    B, H, W, _ = images.shape
+    columns = columns or min(B, max(1, round(math.sqrt(B * H / W))))
+    rows = -(-B // columns)
+    picture = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, np.uint8)
+    for b, image in enumerate(images):
+        top, left = b // columns * (H + gap), b % columns * (W + gap)
+        picture[top : top + H, left : left + W] = image
+    return picture
+
+
+def figure_3(G: Generator, z: torch.Tensor, batch_size: int) -> np.ndarray:
+    """Three rows as in figure 3: full images, a macro patch of each, and the first micro patch in that."""
+    config, gap = G.config, 8
+    images = to_uint8(full_image(G, z, batch_size))
+    B, H, W, _ = images.shape
+    height, width, S = config.N * config.S, config.M * config.S, config.S
+    picture = np.full((H + height + S + 2 * gap, B * (W + gap) - gap, 3), 255, np.uint8)
+    places = [(i, j) for i in range(config.R - config.N + 1) for j in range(config.K - config.M + 1)]
+    for b, image in enumerate(images):
+        i, j = places[b * len(places) // B]  # from the top left to the bottom right
+        macro, left = image[i * S :, j * S :][:height, :width], b * (W + gap)
+        picture[:H, left : left + W] = image
+        picture[H + gap :, left : left + width][:height] = macro
+        picture[H + height + 2 * gap :, left : left + S] = macro[:S, :S]
+    return picture
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a picture (h, w, 3) uint8, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The two commands
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
+    device = choose_device(args.device)
+    given = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args
+    }
+    with contextlib.ExitStack() as stack:  # holds the lock of the run until the end
+        if args.resume is None:
+            preset, why = choose_preset(args, device, given.get("data", Config.data))
+            config = Config(**{**PRESETS[preset], **given})
+            check_config(config)
+            print(f"preset {preset} ({why}), on {device}")
+        else:
+            path = find_checkpoint(args.resume or None, "--resume")
+            run = path.parent
+            stack.enter_context(lock_run(run))
+            contents = read_checkpoint(path, device)
+            config = resumed_config(config_of(contents, path), given, args)
+            if contents["step"] >= config.steps:
+                raise UserError(f"{run} has its {config.steps} steps; give more by --steps to go on")
+        if args.dry_run:
+            return dry_run(config)
+
+        size = (config.height, config.width)
+        stored = load_images(
+            config.data, *size, crop=config.crop, cache=args.cache, workers=args.workers or 0
+        )
+        if config.holdout >= len(stored):
+            raise UserError(
+                f"--holdout {config.holdout} leaves none of the {len(stored)} images; hold out fewer"
+            )
+        if args.resume is not None and contents["images"] != fingerprint_of(stored):
+            raise UserError(
+                f"--data {config.data} holds other images than {path} was trained on; give the same"
+            )
+        try:
+            state = new_state(config, device)
+            if args.resume is None:
+                run = new_run(args.run, preset)
+                stack.enter_context(lock_run(run))
+                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+            else:
+                restore(state, contents, path)
+                forget_log_after(run, state.step)
+            return train_loop(state, stored, run, args)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
+                error
+            )
+            if not memory:
+                raise
+            B = config.batch_size
+            found = f"--batch-size {B} does not fit in the memory of {device}"
+            raise UserError(f"{found}; try --batch-size {max(B // 2, 2)}") from error
+
+
+def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Namespace) -> int:
+    config, device, fingerprint = state.config, state.device, fingerprint_of(stored)
+    numbers, _ = split(len(stored), config.holdout)
+    images = torch.from_numpy(stored)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the shapes never change
+        if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            images = images.to(device)
+    z_shown = latents(range(24), config.z_dim)
+    board = tensorboard(run)
+
+    def show():
+        picture = grid(to_uint8(full_image(state.G_average, z_shown)))
+        save_picture(picture, run / f"sample-{state.step:09d}.png")
+
+    if state.step == 0:
+        batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
+        save_picture(grid(to_uint8(batch.x_macro[:64])), run / "real-macro.png")
+        save_picture(grid(stored[numbers[:24].numpy()]), run / "real.png")
+        show()
+    parameters = sum(p.numel() for net in (state.G, state.D, state.A) for p in net.parameters())
+    todo = f"{config.steps - state.step:,} steps to go"
+    print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
+
+    losses, started, first = [], time.monotonic(), state.step  # losses: (5,) for each step since the last log
+    with stop_signals() as signals:
+        while state.step < config.steps:
+            losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
+            last = state.step == config.steps or bool(signals)
+            logging = last or state.step % args.log_every == 0
+            saving = last or state.step % args.save_every == 0
+            if logging or saving:  # only here a GPU is waited for
+                means = check_finite(torch.stack(losses).double().cpu(), state.step, run)
+            if logging:
+                log(state, means, time.monotonic() - started, state.step - first, run, board)
+                losses.clear()
+                release_pages(stored)
+            if last or state.step % args.sample_every == 0:
+                show()
+            if saving:
+                path = save_checkpoint(state, run, fingerprint, args.keep)
+            if last:
+                break
+    if state.step < config.steps:
+        print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
+        return 128 + signals[0]
+    print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {run}")
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
+    device = choose_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
+    path = find_checkpoint(args.checkpoint)
+    seeds = parse_seeds(args.seed, args.count)
+    G = load(path, device, raw=args.raw)
+    z = latents(seeds, G.config.z_dim)
+    out = Path(args.out) if args.out else free_name(path.with_name(path.stem.replace("checkpoint", "seeds")))
+    if out.is_dir() or args.out and args.out.endswith(("/", os.sep)):
+        if args.patches:
+            raise UserError(
+                f"--patches draws one picture; give --out a file name instead of the folder {out}"
+            )
+        names = [out / f"seed-{seed:06d}.png" for seed in seeds]
+    else:
+        names = [out]
+        check_ending(out)
+    taken = [name for name in names if name.exists()]
+    if taken and not args.force:
+        raise UserError(f"--out {taken[0]} exists already; name another, or add --force to replace it")
+    try:
+        names[0].parent.mkdir(parents=True, exist_ok=True)
+        if args.patches:
+            save_picture(figure_3(G, z, args.batch_size), out)
+        elif names == [out]:
+            save_picture(grid(to_uint8(full_image(G, z, args.batch_size))), out)
+        else:
+            for first in range(0, len(names), args.batch_size):
+                some = slice(first, first + args.batch_size)
+                for image, name in zip(to_uint8(full_image(G, z[some], args.batch_size)), names[some]):
+                    save_picture(image, name)
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written: {error.strerror or error}; name another place"
+        ) from error
+    print(out)
+    return 0
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
+    if int(number or 0) >= have[kind]:
+        raise UserError(
+            f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try --device auto"
+        )
+    return torch.device(name)
+
+
+def choose_preset(args: argparse.Namespace, device: torch.device, data: str) -> tuple[str, str]:
+    """The preset's name, and why it is that one."""
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise UserError(
+                f"--preset {args.preset} is unknown{nearest(args.preset, PRESETS)}; give {', '.join(PRESETS)}"
+            )
+        return args.preset, "as asked"
+    if device.type != "cpu":
+        return "celeba64", "the default on a GPU; --preset names another"
+    if data.startswith("toy:"):
+        return "tiny", "the default for toy images on a CPU; --preset names another"
+    return "small", "the default for photographs on a CPU; --preset names another"
+
+
+def resumed_config(config: Config, given: dict, args: argparse.Namespace) -> Config:
+    """The checkpoint's configuration, with what may be given anew: how long to train, where the data lies."""
+    for name in ("preset", "run"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name} cannot be given with --resume, which goes on with what the run has; leave it out"
+            )
+    for name, value in given.items():
+        if name not in ("steps", "data") and value != getattr(config, name):
+            was = f"{flag(name)} was {getattr(config, name)} in the run to resume and is now {value}"
+            raise UserError(f"{was}; leave it out, or start a new run without --resume")
+    config = dataclasses.replace(config, **{name: given[name] for name in ("steps", "data") if name in given})
+    check_config(config)
+    return config
+
+
+def split(count: int, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the images to train on and of those held out, which are spread evenly over all."""
+    held_out = torch.linspace(0, count - 1, holdout, dtype=torch.float64).long()
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[held_out] = False
+    return kept.nonzero().squeeze(1), held_out
+
+
+def dry_run(config: Config) -> int:
+    """Print the configuration, every layer's shape, the parameters and the memory, about; make nothing."""
+    for name, value in dataclasses.asdict(config).items():
+        print(f"  {flag(name):14} {value}")
+    rows = []
+
+    def note(name):
+        return lambda module, inputs, output: rows.append((name, type(module).__name__, output))
+
+    with torch.device("meta"):  # shapes without memory
+        nets = dict(G=Generator(config), D=Discriminator(config))
+        nets["A"] = Head(nets["D"].linear.in_features, 2)
+        for net_name, net in nets.items():
+            for name, module in net.named_modules():
+                module.register_forward_hook(note(f"{net_name}.{name}".rstrip(".")))
+        nets["G"](torch.empty(2, config.z_dim), torch.empty(2, 2))
+        _, h = nets["D"](torch.empty(2, 3, config.N * config.S, config.M * config.S), torch.empty(2, 2))
+        nets["A"](h)
+    values = dict.fromkeys(nets, 0)
+    for name, kind, output in rows:
+        output = output[0] if isinstance(output, tuple) else output
+        print(f"  {name:26} {kind:22} {' x '.join(map(str, ('B', *output.shape[1:])))}")
+        values[name[0]] += output[0].numel() * (not name.endswith(("blocks", "G", "D")))
+    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    print("  parameters: " + ", ".join(f"{name} {n:,}" for name, n in parameters.items()))
+    # Weights, gradients, Adam's two averages and G's average. A forward pass keeps what its layers give, about
+    # twice over with the ReLUs; D keeps that of x', s' and ŝ' and, for the penalty, of the way back from ŝ'.
+    fixed = 4 * (4 * sum(parameters.values()) + parameters["G"])
+    passes = config.batch_size * (config.N * config.M * values["G"] + 5 * values["D"])
+    print(
+        f"  memory: about {(fixed + 2 * 4 * passes) / 2**20:,.0f} MB in float32, and the images and PyTorch itself"
+    )
+    return 0
+
+
+def check_finite(losses: torch.Tensor, step: int, run: Path) -> torch.Tensor:
+    """The means of (steps, 5) losses up to `step`; UserError names the first that is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        where = f"{LOSSES[column]} is {losses[row, column].item()} at step {step - len(losses) + 1 + row:,}"
+        kept = (
+            f"the last good checkpoint is {checkpoints(run)[-1]}"
+            if checkpoints(run)
+            else "no checkpoint was written yet"
+        )
+        raise UserError(f"{where}; {kept}; try lower --lr-g and --lr-d, or --precision float32")
+    return losses.mean(dim=0)
+
+
+def log(state: State, means: torch.Tensor, seconds: float, steps: int, run: Path, board) -> None:
+    """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
+    rate = steps / seconds
+    left = (state.config.steps - state.step) / rate
+    entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
+    entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
+    entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
+    entry["peak_memory_mb"] = peak_memory(state.device)
+    print(
+        f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s  {clock(left)} left  "
+        f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f} "
+        f"generated {entry['L_S_generated']:.3f}  {entry['peak_memory_mb']:,} MB",
+        flush=True,
+    )
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    if board is not None:
+        for name in (*LOSSES, "images_per_second", "peak_memory_mb"):
+            board.add_scalar(name, entry[name], state.step)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m {seconds:02d}s"
+
+
+def peak_memory(device: torch.device) -> int:
+    """MB that this process held at most: of the GPU if there is one, else of the machine; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+
+
+def tensorboard(run: Path):
+    """A TensorBoard writer where TensorBoard is installed, else None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run))
+
+
+def forget_log_after(run: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run goes on from: those steps come again."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.with_name("log.tmp").write_text("".join(kept))
+    os.replace(path.with_name("log.tmp"), path)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect SIGINT and SIGTERM in a list, so that the step under way can end; a second one kills."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_seeds(text: str | None, count: int | None) -> list[int]:
+    """ "0,1,4-6" -> [0, 1, 4, 5, 6]; a single seed goes on for `count` images; without a text 0 … count-1."""
+    if text is None:
+        return list(range(count or 16))
+    seeds = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if (
+            not first.isdecimal()
+            or dash
+            and not (last.isdecimal() and int(first) <= int(last) < int(first) + 10**6)
+        ):
+            raise UserError(f"--seed {text} is no list of seeds at {part!r}; give one like 0,1,4-6")
+        seeds += range(int(first), int(last or first) + 1)
+    if max(seeds) >= 2**63:
+        raise UserError(f"--seed {text} is out of range; give seeds from 0 to {2**63 - 1}")
+    if count is not None and len(seeds) == 1:
+        return list(range(seeds[0], seeds[0] + count))
+    if count is not None and len(seeds) != count:
+        raise UserError(
+            f"--seed {text} lists {len(seeds)} seeds and --count is {count}; leave out one of them"
+        )
+    return seeds
+
+
+def check_ending(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
+        raise UserError(
+            f"--out {path} ends in no picture format; give a name in .png, .jpg or .webp, or a folder"
+        )
+
+
+def free_name(stem: Path) -> Path:
+    """stem.png, or the first of stem-2.png, stem-3.png … that does not exist."""
+    names = [stem.with_name(f"{stem.name}{end}.png") for end in ("", *(f"-{n}" for n in range(2, 10_000)))]
+    return next(name for name in names if not name.exists())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserError, so that they are one line like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on photographs and sample full images.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    t = commands.add_parser("train", help="train a model", allow_abbrev=False, formatter_class=formatter)
+    t.add_argument(
+        "--preset", help=f"where the configuration starts: {', '.join(PRESETS)} (default: by device and data)"
+    )
+    t.add_argument(
+        "--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)"
+    )
+    t.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)"
+    )
+    t.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    t.add_argument("--cache", default="cache", metavar="DIR", help="folder of the decoded images")
+    t.add_argument(
+        "--workers", type=positive, metavar="N", help="processes that decode (default: one per core)"
+    )
+    t.add_argument(
+        "--log-every", type=positive, default=100, metavar="STEPS", help="steps between lines of the log"
+    )
+    t.add_argument(
+        "--sample-every", type=positive, default=1000, metavar="STEPS", help="steps between pictures"
+    )
+    t.add_argument(
+        "--save-every", type=positive, default=1000, metavar="STEPS", help="steps between checkpoints"
+    )
+    t.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints to keep")
+    t.add_argument(
+        "--dry-run", action="store_true", help="print the configuration, layers and memory, and end"
+    )
+    fields = t.add_argument_group(
+        "configuration (the defaults are those of the paper; a preset changes some)"
+    )
+    for field in dataclasses.fields(Config):
+        kind = {"int": int, "float": float, "str": str, "bool": None}[field.type]
+        options = (
+            dict(action=argparse.BooleanOptionalAction)
+            if kind is None
+            else dict(type=kind, metavar=field.type)
+        )
+        text = f"{field.metadata['help']} (default: {field.default})"
+        fields.add_argument(
+            flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options
+        )
+    s = commands.add_parser(
+        "sample", help="draw from a trained model", allow_abbrev=False, formatter_class=formatter
+    )
+    s.add_argument(
+        "--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)"
+    )
+    s.add_argument("--count", type=positive, metavar="N", help="how many images (default: 16)")
+    s.add_argument("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
+    s.add_argument(
+        "--out",
+        metavar="FILE|DIR",
+        help="a picture, or a folder for one picture a seed (default: in the run)",
+    )
+    s.add_argument(
+        "--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does"
+    )
+    s.add_argument("--raw", action="store_true", help="use G's weights themselves, not their running average")
+    s.add_argument("--force", action="store_true", help="replace pictures that exist")
+    s.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    s.add_argument("--batch-size", type=positive, default=64, metavar="B", help="images generated at a time")
+    parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}
+    return parser
+
+
+def nearest(word: str, words) -> str:
+    close = difflib.get_close_matches(word, words, 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 for a mistake of the user's, or 128 + signal."""
+    parser = build_parser()
+    try:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise UserError(f"{unknown[0]} is unknown{nearest(unknown[0], parser.flags[args.command])}")
+        return train(args) if args.command == "train" else sample(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Compare generated with real images: sliced Wasserstein distance, channel statistics, seam ratio.
+
+Every function takes uint8 arrays or memmaps of shape (n, H, W, 3) and reads them a few images at a time:
+
+    from experiments.metrics import channel_statistics, seam_ratio, sliced_wasserstein
+    sliced_wasserstein(real, fake)       # {"levels": {64: ..., 32: ..., 16: ...}, "mean": ..., counts}
+    sliced_wasserstein(real, more_real)  # its floor: at a finite count not even real images score 0
+    channel_statistics(fake)             # the global colour, which the sliced Wasserstein distance hides
+    seam_ratio(real, fake, S=32)         # 1 is seamless
+
+Shapes: n images of H x W pixels, a chunk of B of them, C = 3 channels, P descriptors (patches) of a set.
+
+Sources: sliced Wasserstein distance, Karras et al., "Progressive Growing of GANs for Improved Quality,
+Stability, and Variation" (ICLR 2018), section 5; Laplacian pyramid, Burt and Adelson, "The Laplacian Pyramid
+as a Compact Image Code" (1983). The seam ratio is this project's own.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # one axis of [1 4 6 4 1] ⊗ [1 4 6 4 1] / 256
+SMALLEST_LEVEL_PX = 16
+PATCH_PX = 7
+PATCHES_PER_IMAGE = 128
+DIRECTIONS = 512
+# The definition takes its directions in 4 lots of 128. All count alike in the mean, so the size of a lot
+# changes memory only; at 8, projecting and sorting need little beside the descriptors themselves.
+DIRECTIONS_PER_LOT = 8
+IMAGES_PER_CHUNK = 16
+
+
+def check_images(name, images):
+    """Raise ValueError unless `images` is a uint8 array of shape (n, H, W, 3) with n of at least 1."""
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"{name} must be a uint8 NumPy array (n, H, W, 3), not a {type(images).__name__}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+        raise ValueError(
+            f"{name} must be uint8 (n, H, W, 3), at least one image; got {images.dtype} {images.shape}"
+        )
+
+
+def chunks(images):
+    """Yield `images` (n, H, W, 3) as consecutive pieces of at most IMAGES_PER_CHUNK images."""
+    for start in range(0, len(images), IMAGES_PER_CHUNK):
+        yield images[start : start + IMAGES_PER_CHUNK]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Laplacian pyramid
+
+
+def blur(x):
+    """Low-pass x (B, C, h, w) with the 5 x 5 binomial kernel, reflecting at the borders; keeps the shape."""
+    h, w = x.shape[2:]
+    x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    # Sums of shifted copies, not conv2d, which on a GPU may round to TF32: these are float32 everywhere.
+    x = sum(k * x[:, :, i : i + h] for i, k in enumerate(KERNEL))
+    return sum(k * x[:, :, :, i : i + w] for i, k in enumerate(KERNEL))
+
+
+def down(x):
+    """Halve x (B, C, h, w) to (B, C, h/2, w/2): blur, then every second pixel."""
+    return blur(x)[:, :, ::2, ::2]
+
+
+def up(x):
+    """Double x (B, C, h, w) to (B, C, 2h, 2w): zeros between the pixels, then blur."""
+    B, C, h, w = x.shape
+    spread = x.new_zeros(B, C, 2 * h, 2 * w)
+    spread[:, :, ::2, ::2] = x
+    return 4 * blur(spread)  # one pixel in four is not zero, so the factor 4 restores the brightness
+
+
+def count_levels(H, W):
+    """Count the pyramid levels H, H/2, ...: while sides stay whole and at least SMALLEST_LEVEL_PX."""
+    levels = 1
+    while H % 2 == W % 2 == 0 and min(H, W) // 2 >= SMALLEST_LEVEL_PX:
+        H, W, levels = H // 2, W // 2, levels + 1
+    return levels
+
+
+def laplacian_level(x, level, levels):
+    """Return one level of the Laplacian pyramid of `levels` levels of x.
+
+    A level holds what the next coarser one cannot express; the last is the low-pass image itself, so that
+    adding each level to the doubled sum of the coarser ones gives x back.
+
+    Args:
+        x: float (B, C, H, W), H and W divisible by 2 ** (levels - 1).
+        level: 0, the finest, to levels - 1.
+    Returns:
+        (B, C, H / 2**level, W / 2**level), in the units of x.
+    """
+    for _ in range(level):
+        x = down(x)
+    return x if level == levels - 1 else x - up(down(x))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sliced Wasserstein distance
+
+
+def descriptors(name, images, level, levels, generator, device):
+    """Cut random patches out of one pyramid level of every image, and normalise them over the set.
+
+    Args:
+        name: of the set, for the error.
+        images: uint8 (n, H, W, 3).
+        generator: CPU generator of the patch positions, the same for every device.
+    Returns:
+        float32 (P, 147), P = n * PATCHES_PER_IMAGE, each of the 3 channels with mean 0 and deviation 1.
+    Raises:
+        ValueError: a channel of the level is constant, which cannot be normalised.
+    """
+    n, h, w = len(images), images.shape[1] >> level, images.shape[2] >> level
+    y = torch.randint(h - PATCH_PX + 1, (n, PATCHES_PER_IMAGE), generator=generator).to(device)
+    x = torch.randint(w - PATCH_PX + 1, (n, PATCHES_PER_IMAGE), generator=generator).to(device)
+    patches = torch.empty(n, PATCHES_PER_IMAGE, 3, PATCH_PX, PATCH_PX, device=device)
+    start = 0
+    for chunk in chunks(images):
+        pixels = torch.from_numpy(np.array(chunk)).to(device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+        windows = laplacian_level(pixels, level, levels).unfold(2, PATCH_PX, 1).unfold(3, PATCH_PX, 1)
+        windows = windows.permute(0, 2, 3, 1, 4, 5)  # a view: (B, h - 6, w - 6, 3, 7, 7)
+        here = slice(start, start + len(chunk))
+        patches[here] = windows[torch.arange(len(chunk), device=device)[:, None], y[here], x[here]]
+        start += len(chunk)
+    patches = patches.view(n * PATCHES_PER_IMAGE, 3, PATCH_PX**2)
+    deviation, mean = torch.std_mean(patches, dim=(0, 2), correction=0, keepdim=True)
+    if deviation.min() == 0:
+        raise ValueError(f"{name}: a channel of the {h} x {w} px level is one value in all {n} images")
+    return patches.sub_(mean).div_(deviation).flatten(1)  # in place: these are the bulk of the memory
+
+
+def sort_rows(x):
+    """Sort each row of x (rows, P); x may be overwritten."""
+    if x.device.type != "cpu":
+        return x.sort(dim=1).values
+    x.numpy().sort(axis=1)  # in place, and 3 times as fast as torch's, which also sorts indices
+    return x
+
+
+@torch.no_grad()
+def sliced_wasserstein(real, fake, *, seed=0, device="cpu"):
+    """Measure how far apart the patches of two sets of images are, at every scale.
+
+    At each level of the Laplacian pyramid both sets become clouds of points, random 7 x 7 x 3 patches.
+    Projected onto one direction, the Wasserstein distance of two clouds of equal size is the mean absolute
+    difference of the sorted values; it is averaged over 512 random directions and multiplied by 1,000.
+    0 would be equal clouds, but the positions of the patches differ between the sets, so the floor is above 0
+    and falls as the count grows: give the figure of one set of real images against another beside it.
+    Each set is normalised by itself, which hides global colour errors: see `channel_statistics`.
+
+    Memory: the descriptors of one level, 2 * n * 128 * 147 * 4 bytes at any image size, and what sorting
+    needs: for n = 16,384 on the CPU 2.5 GB, and 3.0 GB measured at the peak of the whole process.
+
+    Args:
+        real, fake: uint8 (n, H, W, 3), same shape, sides of at least 16 px; arrays or memmaps.
+        seed: of the patch positions and the directions; the result is a function of it.
+        device: where the pyramids, projections and sorting are computed.
+    Returns:
+        "levels": {height of the level in px: distance x 1,000}, finest first; "mean": their mean;
+        "images": n; "descriptors": n * 128, the points of each cloud.
+    Raises:
+        ValueError: not uint8 (n, H, W, 3), shapes differ, sides too small, or a channel is constant.
+    Source: Karras et al. (ICLR 2018), section 5.
+    """
+    check_images("real", real)
+    check_images("fake", fake)
+    if real.shape != fake.shape:
+        raise ValueError(f"real and fake must have one shape and count; got {real.shape} and {fake.shape}")
+    n, H, W, _ = real.shape
+    if min(H, W) < SMALLEST_LEVEL_PX:
+        raise ValueError(f"images must measure at least {SMALLEST_LEVEL_PX} px a side; got {H} x {W}")
+    generator = torch.Generator().manual_seed(seed)
+    levels, distances = count_levels(H, W), {}
+    for level in range(levels):
+        clouds = [
+            descriptors(name, images, level, levels, generator, device)
+            for name, images in (("real", real), ("fake", fake))
+        ]
+        directions = torch.randn(DIRECTIONS, clouds[0].shape[1], generator=generator)
+        directions = F.normalize(directions, dim=1).to(device)
+        total = 0.0
+        for lot in directions.split(DIRECTIONS_PER_LOT):
+            a, b = (sort_rows(lot @ cloud.T) for cloud in clouds)  # (DIRECTIONS_PER_LOT, P)
+            total += (a - b).abs().mean(dim=1).sum().item()
+        distances[H >> level] = 1000 * total / DIRECTIONS
+        del clouds  # before the next level makes its own
+    return {
+        "levels": distances,
+        "mean": sum(distances.values()) / levels,
+        "images": n,
+        "descriptors": n * PATCHES_PER_IMAGE,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Colour and seams
+
+
+def channel_statistics(images):
+    """Return the mean and the standard deviation of each channel over all pixels of all images.
+
+    Args:
+        images: uint8 (n, H, W, 3).
+    Returns:
+        mean, deviation: float64 (3,) each, 0 to 255.
+    Raises:
+        ValueError: not uint8 (n, H, W, 3).
+    """
+    check_images("images", images)
+    # A histogram is exact at any count, and gives the two-pass deviation from one pass over the images.
+    counts = np.zeros((3, 256))
+    for chunk in chunks(images):
+        counts += [np.bincount(chunk[..., c].ravel(), minlength=256) for c in range(3)]
+    frequency = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256)
+    mean = frequency @ values
+    return mean, np.sqrt((frequency * (values - mean[:, None]) ** 2).sum(axis=1))
+
+
+def border_over_inside(name, images, S, wrap):
+    """Divide the differences of neighbouring pixels across borders by those inside micro patches.
+
+    Sums, not means: the numbers of pairs are those of the other set, and cancel between the two ratios.
+    """
+    totals = np.zeros(2)  # [inside, across a border]
+    for axis, size, closed in ((1, images.shape[1], wrap[0]), (2, images.shape[2], wrap[1])):
+        steps = np.zeros(size)  # steps[i]: summed difference of line i and line i + 1; the last one wraps
+        for chunk in chunks(images):
+            pixels = chunk.astype(np.int16)  # differences of uint8 would wrap round
+            difference = np.abs(np.roll(pixels, -1, axis) - pixels)
+            steps += difference.sum(axis=tuple({0, 1, 2, 3} - {axis}), dtype=np.int64)
+        lines = np.arange(size if closed else size - 1)
+        across = (lines + 1) % S == 0
+        totals += np.bincount(across, steps[lines], minlength=2)
+    if totals[0] == 0:
+        raise ValueError(f"{name}: no difference between any two pixels inside the patches, so no seam ratio")
+    return totals[1] / totals[0]
+
+
+def seam_ratio(real, fake, S, wrap=(False, False)):
+    """Measure how visible the borders of the micro patches are in generated images.
+
+    The mean absolute difference of neighbouring pixels across the borders of micro patches, over the same
+    inside them, rows and columns together; this of the generated images, divided by this of real images, in
+    which the borders are nothing special. 1 is seamless, above 1 seams show, below 1 borders are too smooth.
+
+    Args:
+        real, fake: uint8 (n, H, W, 3); the counts may differ, the sides may not.
+        S: side of a micro patch in px, at least 2, dividing H and W.
+        wrap: (vertically, horizontally), whether the last line borders on the first: (False, True) is a
+            cylinder, whose left-right border counts as one more.
+    Returns:
+        float, 0 or above.
+    Raises:
+        ValueError: not uint8 (n, H, W, 3), sides differ, S has no borders or no inside, or images without
+            any difference where one is divided by.
+    """
+    check_images("real", real)
+    check_images("fake", fake)
+    if real.shape[1:] != fake.shape[1:]:
+        raise ValueError(f"real and fake must have one size; got {real.shape[1:3]} and {fake.shape[1:3]}")
+    H, W = real.shape[1:3]
+    if S < 2 or H % S or W % S:
+        raise ValueError(f"S must be at least 2 and divide both sides; got S={S} for {H} x {W}")
+    if H == W == S and not any(wrap):
+        raise ValueError(f"images of {H} x {W} are one micro patch of S={S} each and have no borders")
+    real_ratio = border_over_inside("real", real, S, wrap)
+    if real_ratio == 0:
+        raise ValueError("real: no difference between any two pixels across the borders, so no seam ratio")
+    return float(border_over_inside("fake", fake, S, wrap) / real_ratio)

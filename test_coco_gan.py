@@ -1,0 +1,793 @@
+"""Tests of coco_gan.py and data.py, in their order: python -m pytest"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import coco_gan
+from coco_gan import Config, UserError
+
+ROOT = Path(__file__).parent
+# Nothing is square and nothing is equal: rows and columns that are mixed up anywhere show.
+UNEVEN = Config(height=16, width=24, N=2, M=3, S=4, z_dim=8, width_g=2, width_d=2, batch_size=4, steps=4)
+CPU = torch.device("cpu")
+
+
+def flags(config):
+    """The command line of a configuration, whatever the preset."""
+    words = [[coco_gan.flag(name), str(value)] for name, value in dataclasses.asdict(config).items()]
+    return [word for flag, value in words for word in ([flag, value] if flag != "--mirror" else [])]
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def tensors(value, name=""):
+    """All tensors in nested dictionaries, lists and tuples, by their path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from tensors(inner, f"{name}/{key}")
+
+
+def copies(*nets):
+    return [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
+
+
+def changed(net, before):
+    return any(not torch.equal(v, before[k]) for k, v in net.state_dict().items() if v.is_floating_point())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps, of which one checkpoint a step is kept."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = ["train", "--run", str(folder / "run"), "--cache", str(folder / "cache"), "--save-every", "1"]
+    assert (
+        coco_gan.main([*command, "--keep", "9", "--log-every", "2", "--device", "cpu", *flags(UNEVEN)]) == 0
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(trained, here):
+    """The same, to change: a copy as run/ in the working folder, with the cache beside it."""
+    shutil.copytree(trained.parent, here, dirs_exist_ok=True)
+    return here / "run"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", coco_gan.PRESETS)
+def test_presets_are_valid(name):
+    coco_gan.check_config(Config(**coco_gan.PRESETS[name]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(height=100), "--height 100 is not divisible by --S 16; try --height 96 or 112"),
+        (dict(width=8), "--width 8 is not divisible by --S 16; try --width 16"),
+        (dict(N=5), "--N 5 does not fit"),
+        (dict(width=32, M=4), "--width and --S give 2 micro patches; try --M 2"),
+        (dict(batch_size=1), "--batch-size 1 is out of range; give 2 to"),
+        (dict(lr_g=float("nan")), "--lr-g nan is out of range"),
+        (dict(alpha_s=-1.0), "--alpha-s -1.0 is out of range"),
+        (dict(height=10**9), "--height 1000000000 is out of range"),
+        (dict(S="16"), "--S is '16'; it must be of type int"),
+        (dict(precision="float8"), "--precision float8 is unknown; give auto, float32, bfloat16"),
+        (dict(crop="centre"), "--crop centre is unknown; give center"),
+    ],
+)
+def test_bad_configurations_are_named(change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        coco_gan.check_config(dataclasses.replace(Config(), **change))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Coordinates, φ and ψ
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_coordinates_of_celeba128():
+    config = Config(**coco_gan.PRESETS["celeba128"])
+    i = torch.arange(4)
+    third = 1 / 3
+    expected = torch.tensor([[-1, -1], [-third, -third], [third, third], [1, 1]])
+    torch.testing.assert_close(coco_gan.micro_coordinates(config, i, i), expected)
+    assert coco_gan.macro_coordinates(config, i[:3], i[:3]).tolist() == [[-1, -1], [0, 0], [1, 1]]
+
+
+def test_coordinates_of_an_uneven_grid():
+    i, j = (
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 3, 1]),
+    )  # 4 rows and 6 columns, 3 and 4 places of macro patches
+    micro = [[-1, -1], [-1 / 3, 0.2], [1 / 3, -0.6]]
+    torch.testing.assert_close(coco_gan.micro_coordinates(UNEVEN, i, j), torch.tensor(micro))
+    macro = [[-1, -1], [0, 1], [1, -1 / 3]]
+    torch.testing.assert_close(coco_gan.macro_coordinates(UNEVEN, i, j), torch.tensor(macro))
+    matrix = coco_gan.micro_matrix(UNEVEN, torch.tensor([2]), torch.tensor([1]))
+    rows, columns = [1 / 3, 1], [-0.6, -0.2, 0.2]
+    torch.testing.assert_close(matrix, torch.tensor(list(itertools.product(rows, columns))))
+    full = coco_gan.full_matrix(UNEVEN)
+    assert full.shape == (24, 2) and full[7].tolist() == pytest.approx([-1 / 3, -0.6])
+
+
+def test_coordinates_go_on_outside_and_vanish_where_there_is_no_choice():
+    config = Config(height=256, width=256, S=64)  # appendix E: c'' reaches ±1.66 and c' reaches ±2
+    beyond = torch.tensor([-1, 4])
+    assert coco_gan.micro_coordinates(config, beyond, beyond)[:, 0].tolist() == pytest.approx([-5 / 3, 5 / 3])
+    assert coco_gan.macro_coordinates(config, torch.tensor([-1, 3]), beyond)[:, 0].tolist() == [-2, 2]
+    column = Config(height=64, width=16, N=4, M=1, S=16)
+    i = torch.arange(1)
+    assert coco_gan.macro_coordinates(column, i, i).tolist() == [[0, 0]]
+    assert coco_gan.micro_coordinates(column, torch.tensor([3]), i).tolist() == [[1, 0]]
+
+
+def test_merge_puts_rows_first():
+    patches = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+    expected = [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+    assert coco_gan.merge_patches(patches, 2, 3)[0, 0].tolist() == expected
+
+
+def test_crop_and_merge_are_inverse():
+    images = torch.randint(0, 256, (3, 8, 12, 3), dtype=torch.uint8)
+    places = list(itertools.product([2, 0], range(0, 8, 4), range(0, 12, 4)))  # image, top, left
+    index, top, left = (torch.tensor(t) for t in zip(*places))
+    patches = coco_gan.crop_patches(images, index, top, left, 4, 4)
+    assert patches.shape == (12, 3, 4, 4)
+    merged = coco_gan.merge_patches(patches, 2, 3)
+    assert np.array_equal(coco_gan.to_uint8(merged), images[[2, 0]].numpy())
+
+
+def test_crop_scales_to_the_unit_range():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3)
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert coco_gan.crop_patches(images, zero, zero, zero, 1, 1).flatten().tolist() == pytest.approx(
+        [-1, 1, -0.6]
+    )
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_batches_are_real_crops_at_their_coordinates(mirror):
+    config = dataclasses.replace(UNEVEN, batch_size=200, mirror=mirror)
+    stored = torch.randint(0, 256, (5, 16, 24, 3), dtype=torch.uint8)
+    batch = coco_gan.draw_batch(config, stored, torch.tensor([1, 3]), torch.Generator().manual_seed(0), CPU)
+    seen = set()
+    for x, c in zip(batch.x_macro, batch.c_macro):
+        i, j = round((c[0].item() + 1) * 1), round((c[1].item() + 1) * 1.5)
+        for n, flip in itertools.product((1, 3), (False, True)):
+            whole = stored[n].flip(1) if flip else stored[n]
+            if np.array_equal(
+                coco_gan.to_uint8(x[None])[0], whole[4 * i : 4 * i + 8, 4 * j : 4 * j + 12].numpy()
+            ):
+                seen.add((n, i, j, flip))
+    flips = (False, True) if mirror else (False,)
+    assert seen == set(itertools.product((1, 3), range(3), range(4), flips))
+    assert batch.z.shape == (200, 8) and -1 <= batch.z.min() < -0.95 < 0.95 < batch.z.max() <= 1
+    torch.testing.assert_close(batch.c_micro.view(200, 6, 2)[:, 0, 0], (batch.c_macro[:, 0] - 0.5) / 1.5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Networks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def shapes_of_blocks(net, *inputs):
+    shapes = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    with torch.no_grad():
+        net(*inputs)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "S, expected",
+    [
+        (32, [(512, 4), (256, 8), (128, 16), (64, 32)]),  # figure 13
+        (64, [(512, 4), (256, 8), (128, 16), (64, 32), (64, 64)]),  # the last block twice
+        (16, [(512, 4), (256, 8), (128, 16)]),  # without the last block
+        (8, [(512, 4), (256, 8), (128, 8)]),  # the depth of 16, one block without ×2
+        (4, [(512, 4), (256, 4), (128, 4)]),  # and two
+        (12, [(512, 6), (256, 12), (128, 12)]),  # no power of two: begins with 3 x 3
+    ],
+)
+def test_shapes_of_the_generator(S, expected):
+    G = coco_gan.Generator(Config(height=2 * S, width=2 * S, S=S, width_g=64))
+    z, c = torch.zeros(1, 128), torch.zeros(1, 2)
+    assert shapes_of_blocks(G.eval(), z, c) == [(1, channels, side, side) for channels, side in expected]
+    assert G(z, c).shape == (1, 3, S, S)
+
+
+@pytest.mark.parametrize(
+    "N, M, S, expected",
+    [
+        (2, 2, 32, [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4)]),  # figure 14
+        (4, 4, 32, [(64, 64, 64), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4)]),
+        (2, 2, 16, [(128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 4, 4)]),  # without the first block
+        (1, 2, 16, [(256, 8, 16), (512, 4, 8), (512, 4, 8)]),  # N != M
+        (3, 1, 5, [(512, 15, 5)]),  # too small to pool
+        (2, 3, 7, [(512, 7, 11), (512, 7, 11)]),  # an odd side
+    ],
+)
+def test_shapes_of_the_discriminator(N, M, S, expected):
+    D = coco_gan.Discriminator(Config(height=N * S, width=M * S, N=N, M=M, S=S))
+    x = torch.zeros(1, 3, N * S, M * S)
+    assert shapes_of_blocks(D, x, torch.zeros(1, 2)) == [(1, *shape) for shape in expected]
+    score, h = D(x, torch.zeros(1, 2))
+    assert score.shape == (1,) and h.shape == (1, 512)
+
+
+def test_parameter_counts_of_celeba128():
+    """Against figures 13 and 14 by hand: a 3 x 3 convolution has 9·in·out + out, a CBN 2·131·channels."""
+    config = Config(**coco_gan.PRESETS["celeba128"])
+    D = coco_gan.Discriminator(config)
+    A = coco_gan.Head(D.linear.in_features, 2)
+    counts = [sum(p.numel() for p in net.parameters()) for net in (coco_gan.Generator(config), D, A)]
+    g_blocks = 7_737_856 + 1_968_384 + 509_056 + 135_744
+    d_blocks = 38_976 + 229_760 + 918_272 + 3_671_552 + 4_982_272
+    assert counts == [536_576 + g_blocks + 128 + 1_731, d_blocks + 513 + 1_536, 65_664 + 256 + 258]
+
+
+def test_d_adds_the_projection():
+    D = coco_gan.Discriminator(UNEVEN)
+    x, c = torch.randn(3, 3, 8, 12), torch.randn(3, 2)
+    score, h = D(x, c)
+    torch.testing.assert_close(score, D.linear(h)[:, 0] + (D.projection(c) * h).sum(1))
+
+
+def test_conditional_batch_norm():
+    cbn = coco_gan.ConditionalBatchNorm(4, 6)
+    x, condition = 1000 + 3 * torch.randn(5, 4, 3, 2), torch.randn(5, 6)
+    normal = (x - x.mean((0, 2, 3), keepdim=True)) / x.var((0, 2, 3), correction=0, keepdim=True).sqrt()
+    torch.testing.assert_close(cbn(x, condition), normal, atol=1e-3, rtol=1e-3)  # γ = 1 and β = 0 at first
+    torch.nn.init.normal_(cbn.weight)
+    gamma, beta = (condition @ cbn.weight.T + cbn.bias)[:, :, None, None].split(4, 1)
+    torch.testing.assert_close(cbn(x, condition), gamma * normal + beta, atol=1e-2, rtol=1e-3)
+
+
+def test_spectral_norm_is_the_largest_singular_value():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(7, 4), coco_gan.ConditionalBatchNorm(2, 3)
+    )
+    vectors = coco_gan.spectral_vectors(net)
+    assert set(vectors) == {"0.weight", "1.weight"}  # no bias, not the maps of γ and β
+    for _ in range(200):
+        parameters = coco_gan.spectral_norm(net, vectors, iterate=True)
+    for name in vectors:
+        W = dict(net.named_parameters())[name].flatten(1)
+        torch.testing.assert_close(parameters[name].flatten(1), W / torch.linalg.svdvals(W)[0])
+    before = {name: v.clone() for name, v in vectors.items()}
+    coco_gan.spectral_norm(net, vectors, iterate=False)
+    assert all(torch.equal(v, before[name]) for name, v in vectors.items())
+
+
+def test_spectral_norm_differentiates_through_sigma():
+    layer = torch.nn.Linear(3, 2, bias=False).double()
+    vectors = {"weight": torch.nn.functional.normalize(torch.randn(3).double(), dim=0)}
+
+    def normalised(W):
+        holder = torch.nn.Module()
+        holder.named_parameters = lambda: [("weight", W)]
+        return coco_gan.spectral_norm(holder, vectors, iterate=False)["weight"]
+
+    assert torch.autograd.gradcheck(normalised, (layer.weight,))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_wasserstein_is_real_minus_generated():
+    assert coco_gan.wasserstein(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])) == 2.5
+
+
+def test_spatial_consistency_sums_over_coordinates():
+    c, estimate = torch.tensor([[0.0, 1.0], [1.0, 1.0]]), torch.tensor([[3.0, 5.0], [1.0, 1.0]])
+    assert coco_gan.spatial_consistency(c, estimate) == 12.5
+
+
+def test_gradient_penalty_of_a_linear_d():
+    w = torch.randn(3, 4, 5, requires_grad=True)
+    x, s = torch.randn(2, 6, 3, 4, 5)
+    penalty = coco_gan.gradient_penalty(lambda t: (t * w).sum((1, 2, 3)), x, s, torch.rand(6))
+    torch.testing.assert_close(penalty, (w.norm() - 1) ** 2)
+    (gradient,) = torch.autograd.grad(penalty, w)
+    torch.testing.assert_close(gradient, 2 * (w.norm() - 1) * w / w.norm())
+
+
+def test_gradient_penalty_is_taken_between_the_pairs_of_samples():
+    """D = |t|²/2 has the gradient ŝ' itself."""
+    x, s, epsilon = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2, requires_grad=True), torch.rand(5)
+    penalty = coco_gan.gradient_penalty(lambda t: t.square().sum((1, 2, 3)) / 2, x, s, epsilon)
+    between = [e * b + (1 - e) * a for a, b, e in zip(x, s, epsilon)]
+    expected = torch.stack([(t.norm() - 1) ** 2 for t in between]).mean()
+    torch.testing.assert_close(penalty, expected.detach(), check_stride=False)
+    assert torch.autograd.grad(penalty, s, allow_unused=True) == (None,)  # no way back to G
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def new_state_and_batch(config=UNEVEN):
+    state = coco_gan.new_state(config, CPU)
+    images = torch.randint(0, 256, (6, config.height, config.width, 3), dtype=torch.uint8)
+    return state, coco_gan.draw_batch(config, images, torch.arange(6), state.rng, CPU)
+
+
+def test_each_step_changes_its_own_networks():
+    state, batch = new_state_and_batch()
+    G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
+    s_macro = coco_gan.generate_macro(state, G_sn, batch)
+    nets = [[p for p in net.parameters()] for net in (state.G, state.D, state.A)]
+
+    def step(function):
+        before = [[p.clone() for p in net] for net in nets]
+        function(state, batch, s_macro)
+        return [[not torch.equal(p, q) for p, q in zip(net, old)] for net, old in zip(nets, before)]
+
+    G, D, A = step(coco_gan.discriminator_step)
+    still = [name for (name, _), moved in zip(state.D.named_parameters(), D) if not moved]
+    assert not any(G) and still == ["linear.bias"] and any(A)  # which cancels in L_W
+    G, D, A = step(coco_gan.generator_step)
+    assert sum(G) > 0.8 * len(G) and not any(D) and not any(A)
+
+
+def test_d_learns_to_prefer_real_patches_and_g_to_please_d():
+    config = dataclasses.replace(UNEVEN, batch_size=16, lr_g=3e-3, lr_d=3e-3, precision="float32")
+    state, batch = new_state_and_batch(config)
+    G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
+    s_macro = coco_gan.generate_macro(state, G_sn, batch).detach()
+    first, *_, last = [coco_gan.discriminator_step(state, batch, s_macro)[0] for _ in range(15)]
+    assert last > first + 0.1
+    losses = []
+    for _ in range(15):
+        G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
+        losses.append(coco_gan.generator_step(state, batch, coco_gan.generate_macro(state, G_sn, batch)))
+    assert losses[-1][0] < losses[0][0] - 0.1 or losses[-1][1] < losses[0][1] - 0.1
+
+
+def test_average_follows_the_weights_as_applied():
+    state, batch = new_state_and_batch(dataclasses.replace(UNEVEN, average=0.0))
+    for _ in range(2):
+        coco_gan.train_step(state, batch)
+        raw = dict(state.G.named_buffers())
+        for name, buffer in state.G_average.named_buffers():
+            assert torch.equal(buffer, raw[name])
+    state.config = dataclasses.replace(UNEVEN, average=0.999)
+    old, parameters = (
+        copies(state.G_average)[0],
+        coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=False),
+    )
+    coco_gan.update_average(state, parameters)  # after two steps, the decay is (1 + 2) / (10 + 2)
+    for name, p in state.G_average.named_parameters():
+        torch.testing.assert_close(p, 0.25 * old[name] + 0.75 * parameters[name].detach())
+
+
+def test_patches_generated_together_equal_those_generated_alone(trained):
+    G = coco_gan.load(trained)
+    z = coco_gan.latents([3, 4], 8)
+    whole = coco_gan.full_image(G, z)
+    assert whole.shape == (2, 3, 16, 24)
+    with torch.no_grad():
+        for b, i, j in itertools.product(range(2), range(4), range(6)):
+            c = coco_gan.micro_coordinates(UNEVEN, torch.tensor([i]), torch.tensor([j]))
+            alone = G(z[b : b + 1], c)[0]
+            torch.testing.assert_close(whole[b, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4], alone)
+
+
+def test_one_seed_is_one_image_whatever_the_batch(trained):
+    G = coco_gan.load(trained)
+    z = coco_gan.latents(range(7), 8)
+    together = coco_gan.to_uint8(coco_gan.full_image(G, z, batch_size=7))
+    for batch_size in (1, 2, 3):
+        assert np.array_equal(coco_gan.to_uint8(coco_gan.full_image(G, z, batch_size)), together)
+    assert not np.array_equal(together[0], together[1])
+    assert torch.equal(coco_gan.latents([6], 8)[0], z[6])
+
+
+def test_load_gives_the_average_or_the_weights_themselves(trained):
+    contents = torch.load(trained / "checkpoint-000000004.pt", weights_only=True)
+    G = coco_gan.load(trained)
+    assert G.config == UNEVEN and not G.training
+    assert all(torch.equal(v, contents["G_average"][k]) for k, v in G.state_dict().items())
+    raw = coco_gan.load(trained / "checkpoint-000000004.pt", raw=True)
+    W = contents["G"]["conv.weight"].flatten(1)
+    expected = W / (W @ contents["vectors"]["G"]["conv.weight"]).norm()
+    torch.testing.assert_close(raw.conv.weight.flatten(1), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs: log, pictures, checkpoints, resuming
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "log.jsonl", "real.png", "real-macro.png", "sample-000000000.png"} <= names
+    assert {f"checkpoint-00000000{n}.pt" for n in range(1, 5)} | {"sample-000000004.png"} <= names
+    assert not any(name.endswith(".tmp") for name in names)
+    entry = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["step"] == 4 and entry["images"] == 16 and entry["peak_memory_mb"] > 10
+    assert {*coco_gan.LOSSES, "images_per_second", "seconds_left"} <= entry.keys()
+    assert Config(**json.loads((trained / "config.json").read_text())) == UNEVEN
+    first, last = picture(trained / "sample-000000000.png"), picture(trained / "sample-000000004.png")
+    assert first.shape == last.shape and not np.array_equal(first, last)
+
+
+def only_checkpoint(run, step):
+    """Leave one checkpoint in a run, and return what the last one held."""
+    last = torch.load(coco_gan.checkpoints(run)[-1], weights_only=True)
+    for path in coco_gan.checkpoints(run):
+        if path.name != f"checkpoint-{step:09d}.pt":
+            path.unlink()
+    return last
+
+
+def assert_same(before, after):
+    old, new = dict(tensors(before)), dict(tensors(after))
+    assert old.keys() == new.keys() and len(old) > 100
+    assert [name for name in old if not torch.equal(old[name], new[name])] == []
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(copied):
+    before = only_checkpoint(copied, step=2)
+    assert before["step"] == 4
+    assert coco_gan.main(["train", "--resume", "run", "--log-every", "1", "--workers", "1"]) == 0
+    after = torch.load(copied / "checkpoint-000000004.pt", weights_only=True)
+    assert_same(before, after)
+    logged = [json.loads(line)["step"] for line in (copied / "log.jsonl").read_text().splitlines()]
+    assert logged == [2, 3, 4]  # what came after the checkpoint is forgotten and comes again
+
+
+def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
+    assert coco_gan.main(["train", "--resume", "run"]) == 2
+    assert "run has its 4 steps; give more by --steps" in capsys.readouterr().err
+    assert coco_gan.main(["train", "--resume", "run", "--lr-g", "0.5"]) == 2
+    assert "--lr-g was 0.0001 in the run to resume and is now 0.5" in capsys.readouterr().err
+    assert coco_gan.main(["train", "--resume", "run", "--preset", "tiny"]) == 2
+    assert "--preset cannot be given with --resume" in capsys.readouterr().err
+    Image.new("RGB", (30, 30), "red").save("red.png")
+    Path("photos").mkdir()
+    os.rename("red.png", "photos/red.png")
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--data", "photos"]) == 2
+    assert "holds other images" in capsys.readouterr().err
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
+    assert torch.load(copied / "checkpoint-000000005.pt", weights_only=True)["config"]["steps"] == 5
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, coco_gan
+real, saves = {place}, []
+def dies(*args, **kwargs):
+    saves.append(real(*args, **kwargs) if len(saves) < 2 else os.kill(os.getpid(), signal.SIGKILL))
+{place} = dies
+sys.exit(coco_gan.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("place", ["os.fsync", "torch.save"])
+def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
+    before = only_checkpoint(copied, step=1)
+    code, resume = KILLED_WHILE_SAVING.format(place=place), ["train", "--resume", "run", "--save-every", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code, *resume, "--keep", "9"], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    kept = coco_gan.checkpoints(copied)
+    assert [path.name[-4:] for path in kept] == ["1.pt", "2.pt", "3.pt"] and (
+        copied / "checkpoint.tmp"
+    ).exists()
+    assert coco_gan.load("run").config == UNEVEN
+    assert coco_gan.main(resume) == 0  # the lock of the killed process is no hindrance
+    assert_same(before, torch.load(copied / "checkpoint-000000004.pt", weights_only=True))
+    assert len(coco_gan.checkpoints(copied)) == 2 and not (copied / "checkpoint.tmp").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process, it does not signal it")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(number, copied):
+    command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
+    with subprocess.Popen([*command, "--log-every", "1"], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 6 "):
+                break
+        process.send_signal(number)
+        rest = process.stdout.read()
+    assert process.returncode == 128 + number
+    saved = coco_gan.checkpoints(copied)[-1]
+    assert int(saved.stem[-9:]) >= 6 and f"saved {Path('run') / saved.name}" in rest
+    assert "python coco_gan.py train --resume run" in rest
+    assert coco_gan.load("run").config.steps == 1000000
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(copied, monkeypatch, capsys):
+    step, count = coco_gan.train_step, itertools.count(1)
+    poison = torch.tensor([0, 0, 0, 0, float("nan")])
+    resume = ["train", "--resume", "run", "--steps", "20", "--log-every", "4", "--save-every", "4"]
+    monkeypatch.setattr(
+        coco_gan, "train_step", lambda *a: step(*a) + (poison if next(count) > 2 else 0 * poison[0])
+    )
+    assert coco_gan.main(resume) == 2
+    error = capsys.readouterr().err
+    assert "L_S_generated is nan at step 7; the last good checkpoint is run/checkpoint-000000004.pt" in error
+    assert coco_gan.checkpoints(copied)[-1].name == "checkpoint-000000004.pt"
+
+
+def test_out_of_memory_names_the_batch_size_to_try(copied, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(coco_gan, "train_step", full)
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "9"]) == 2
+    assert "--batch-size 4 does not fit in the memory of cpu; try --batch-size 2" in capsys.readouterr().err
+
+
+def test_a_run_in_use_is_left_alone(copied, capsys):
+    with coco_gan.lock_run(copied):
+        assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 2
+        assert "run is in use by another process" in capsys.readouterr().err
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
+
+
+def test_new_runs_take_the_next_free_folder(here):
+    assert [coco_gan.new_run(None, "tiny").name for _ in range(2)] == ["tiny-001", "tiny-002"]
+
+
+def test_split_spreads_the_held_out_images():
+    kept, held_out = coco_gan.split(10, 4)
+    assert held_out.tolist() == [0, 3, 6, 9] and kept.tolist() == [1, 2, 4, 5, 7, 8]
+    assert len(coco_gan.split(10, 0)[0]) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_sample_draws_what_is_asked(copied, capsys):
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--count", "4", "--out", "four.png"]) == 0
+    assert capsys.readouterr().out == "four.png\n"
+    G, gap = coco_gan.load("run"), np.full((16, 2, 3), 255, np.uint8)
+    images = coco_gan.to_uint8(coco_gan.full_image(G, coco_gan.latents(range(4), 8)))
+    row = np.concatenate([images[0], gap, images[1]], axis=1)
+    assert np.array_equal(picture("four.png")[:16], row)
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2,0-1", "--out", "each/"]) == 0
+    assert np.array_equal(picture("each/seed-000002.png"), images[2])
+    assert len(list(Path("each").iterdir())) == 3
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2", "--raw", "--out", "raw.webp"]) == 0
+    assert picture("raw.webp").shape == (16, 24, 3)
+
+
+def test_sample_names_its_picture_and_replaces_none(copied, capsys):
+    for name in ("seeds-000000004.png", "seeds-000000004-2.png"):
+        assert coco_gan.main(["sample", "--checkpoint", "run", "--count", "1"]) == 0
+        assert capsys.readouterr().out == f"{Path('run') / name}\n"
+    Path("taken.png").write_text("mine")
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--out", "taken.png"]) == 2
+    assert (
+        "--out taken.png exists already" in capsys.readouterr().err
+        and Path("taken.png").read_text() == "mine"
+    )
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--out", "taken.png", "--force"]) == 0
+    assert picture("taken.png").shape[2] == 3
+
+
+def test_patches_are_cut_from_their_images(trained):
+    G = coco_gan.load(trained)
+    z = coco_gan.latents([0, 1], 8)
+    picture, images = coco_gan.figure_3(G, z, 64), coco_gan.to_uint8(coco_gan.full_image(G, z))
+    assert picture.shape == (16 + 8 + 8 + 8 + 4, 24 + 8 + 24, 3)
+    assert np.array_equal(picture[:16, 32:], images[1])
+    assert np.array_equal(picture[24:32, 32:44], images[1][4:12, 8:20])  # the macro patch in row 1, column 2
+    c = coco_gan.micro_coordinates(UNEVEN, torch.tensor([1]), torch.tensor([2]))
+    with torch.no_grad():
+        micro = coco_gan.to_uint8(G(z[1:], c))[0]
+    assert np.array_equal(picture[40:44, 32:36], micro)
+
+
+def test_sample_takes_the_newest_checkpoint_under_runs(copied, capsys):
+    for number, age in (("001", 50), ("002", 100)):
+        shutil.copytree("run", f"runs/tiny-{number}")
+        for path in Path(f"runs/tiny-{number}").iterdir():
+            os.utime(path, (time.time() - age,) * 2)
+    assert coco_gan.find_checkpoint(None) == Path("runs/tiny-001/checkpoint-000000004.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def spoil(name):
+    """Make a file that is no checkpoint of ours."""
+    whole = Path("run/checkpoint-000000004.pt").read_bytes()
+    contents = torch.load("run/checkpoint-000000004.pt", weights_only=True)
+    if name == "short.pt":
+        Path(name).write_bytes(whole[: len(whole) // 2])
+    elif name == "empty.pt":
+        Path(name).write_bytes(b"")
+    elif name == "photo.pt":
+        Image.new("RGB", (9, 9)).save(name, format="PNG")
+    elif name == "other.pt":
+        torch.save({"state_dict": {"weight": torch.zeros(3)}}, name)
+    elif name == "code.pt":
+        torch.save({**contents, "extra": RunsCode()}, name)
+    elif name == "pickle.pt":
+        Path(name).write_bytes(pickle.dumps(RunsCode()))
+    elif name == "huge.pt":
+        torch.save({**contents, "config": {**contents["config"], "width_g": 10**9}}, name)
+    elif name == "field.pt":
+        torch.save({**contents, "config": {**contents["config"], "colour": 1}}, name)
+    elif name == "swapped.pt":
+        torch.save({**contents, "G_average": contents["D"]}, name)
+
+
+BAD_COMMANDS = [
+    ("", "the following arguments are required: command"),
+    ("trian", "invalid choice: 'trian'"),
+    ("train --widht 32", "--widht is unknown, did you mean --width?"),
+    ("train --steps many", "argument --steps: invalid int value: 'many'"),
+    ("train --log-every 0", "argument --log-every: '0' is no whole number from 1 on"),
+    ("train --preset celeba46", "--preset celeba46 is unknown, did you mean celeba64?"),
+    ("train --device tpu", "--device tpu is unknown; give auto, cpu"),
+    ("train --device cuda:99", "--device cuda:99 is not there"),
+    ("train --data ./nothing", "--data ./nothing does not exist"),
+    ("train --data toy:cats", "--data toy:cats is unknown"),
+    ("train --data empty", "--data empty holds no image"),
+    ("train --data file.txt", "--data file.txt"),
+    ("train --height 100", "--height 100 is not divisible by --S 8"),
+    ("train --holdout 4096", "--holdout 4096 leaves none of the 4096 images"),
+    ("train --run run", "--run run holds a run already"),
+    ("train --run file.txt/run", "--run file.txt/run cannot be made"),
+    ("train --cache file.txt/cache", "--cache file.txt/cache"),
+    ("train --resume nowhere", "--resume nowhere does not exist"),
+    ("train --resume empty", "--resume empty holds no checkpoint"),
+    ("train --resume", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
+    ("sample", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
+    ("sample --checkpoint empty", "--checkpoint empty holds no checkpoint"),
+    ("sample --checkpoint nowhere.pt", "--checkpoint nowhere.pt does not exist"),
+    ("sample --checkpoint short.pt", "short.pt is no checkpoint that can be loaded"),
+    ("sample --checkpoint empty.pt", "empty.pt is no checkpoint that can be loaded"),
+    ("sample --checkpoint photo.pt", "photo.pt is no checkpoint that can be loaded"),
+    ("sample --checkpoint code.pt", "code.pt is no checkpoint that can be loaded: it holds code"),
+    ("sample --checkpoint pickle.pt", "pickle.pt is no checkpoint that can be loaded: it holds code"),
+    ("sample --checkpoint other.pt", "other.pt is not a checkpoint of this program"),
+    ("sample --checkpoint huge.pt", "--width-g 1000000000 is out of range"),
+    ("sample --checkpoint field.pt", "field.pt has a configuration that this version cannot use"),
+    ("sample --checkpoint swapped.pt", "swapped.pt is damaged: its G_average does not fit"),
+    ("sample --checkpoint run --out picture.txt", "--out picture.txt ends in no picture format"),
+    ("sample --checkpoint run --out file.txt/a.png", "--out file.txt/a.png cannot be written"),
+    ("sample --checkpoint run --out run --patches", "--patches draws one picture"),
+    ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds at 'x'"),
+    ("sample --checkpoint run --seed 6-4", "--seed 6-4 is no list of seeds"),
+    ("sample --checkpoint run --seed 1,2 --count 3", "--seed 1,2 lists 2 seeds and --count is 3"),
+    ("sample --sead 1", "--sead is unknown, did you mean --seed?"),
+]
+
+
+@pytest.mark.parametrize(
+    "command, message", BAD_COMMANDS, ids=[command or "nothing" for command, _ in BAD_COMMANDS]
+)
+def test_bad_input_ends_in_one_line(command, message, copied, capsys):
+    Path("empty").mkdir()
+    Path("file.txt").write_text("text")
+    for name in re.findall(r"\w+\.pt", command):
+        spoil(name)
+    before = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*") if "cache" not in path.parts}
+    device = (
+        ["--device", "cpu"] if command.startswith(("train", "sample")) and "--device" not in command else []
+    )
+    assert coco_gan.main([*command.split(), *device]) == 2
+    error = capsys.readouterr().err
+    error = "".join(
+        line for line in error.splitlines(keepends=True) if "images" not in line or "error" in line
+    )
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    after = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*") if "cache" not in path.parts}
+    assert after == before  # nothing overwritten, nothing left, and no code run
+
+
+def test_dry_run_prints_and_makes_nothing(here, capsys):
+    assert coco_gan.main(["train", "--dry-run", "--preset", "celeba128", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"--height +128\n", out) and re.search(
+        r"G\.blocks\.3 +GeneratorBlock +B x 64 x 32 x 32\n", out
+    )
+    assert re.search(r"D\.blocks\.0 +DiscriminatorBlock +B x 64 x 32 x 32\n", out)
+    assert "G 10,889,475, D 9,842,881, A 66,178" in out and re.search(r"memory: about [\d,]+ MB", out)
+    assert list(here.iterdir()) == []
+
+
+def test_presets_go_by_device_and_data():
+    def choice(device, data, preset=None):
+        args = coco_gan.build_parser().parse_args(["train", *(["--preset", preset] if preset else [])])
+        return coco_gan.choose_preset(args, torch.device(device), data)[0]
+
+    assert choice("cpu", "toy:faces") == "tiny" and choice("cpu", "photos") == "small"
+    assert choice("cuda", "toy:faces") == choice("cuda", "photos") == "celeba64"
+    assert choice("cuda", "photos", "lsun256") == "lsun256"
+
+
+def test_every_field_has_a_flag(here, capsys):
+    changed = dict(z_dim=9, seed=3, precision="bfloat16", average=0.5, data="toy:faces", beta2=0.9)
+    config = dataclasses.replace(UNEVEN, **changed)
+    assert coco_gan.main(["train", "--dry-run", "--device", "cpu", *flags(config)]) == 0
+    out = capsys.readouterr().out
+    for name, value in dataclasses.asdict(config).items():
+        if value != getattr(Config(), name):
+            assert re.search(rf"{coco_gan.flag(name)} +{value}\n", out)
+
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python coco_gan\.py (.+?)(?: +#.*)?$", README, re.MULTILINE)
+
+
+def test_the_readme_shows_its_first_command_early():
+    assert any("python coco_gan.py train" in line for line in README.splitlines()[:25])
+
+
+def test_commands_of_the_readme(here, capsys):
+    """All of them, in their order, in one folder, on a tiny budget."""
+    photos = Path("celeba")
+    photos.mkdir()
+    for n in range(5):
+        pixels = np.random.default_rng(n).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{n}.jpg")
+    budget = "--steps 2 --batch-size 2 --width-g 2 --width-d 2 --device cpu"
+    assert len(COMMANDS) >= 5
+    for number, command in enumerate(COMMANDS):
+        words = shlex.split(command)
+        if words[0] == "train" and "--resume" not in words:
+            words += budget.split()
+        elif "--resume" in words:
+            words += ["--steps", str(10 + number)]
+        assert coco_gan.main(words) == 0, command
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_python_example_of_the_readme(copied, here):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shutil.copytree("run", "runs/tiny-001")
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["images"].shape[1:] == (3, 16, 24)
