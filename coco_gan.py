@@ -39,6 +39,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.func import functional_call
 
-from data import UserError, load_images, release_pages
+from data import CROPS, UserError, load_images, release_pages
 
 try:
     import fcntl
@@ -68,8 +69,7 @@ def _field(default, low, high, text):
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
 
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-CROPS = ("center", "celeba", "squash")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ class Config:
     M: int = _field(2, 1, 256, "micro patches across a macro patch")
     S: int = _field(16, 1, 4096, "side of a micro patch, pixels")
     z_dim: int = _field(128, 1, 4096, "values in a latent vector")
-    width_g: int = _field(
-        64, 1, 1024, "channels of G's widest maps (in pixels); it begins with 16 times as many"
-    )
-    width_d: int = _field(64, 1, 1024, "channels unit of D, which ends with 8 times as many")
+    width_g: int = _field(64, 1, 1024, "unit of G's channels: 16, 8, 4, 2, 1, 1, … of them")
+    width_d: int = _field(64, 1, 1024, "unit of D's channels: …, 1, 1, 2, 4, 8, 8 of them")
     lambda_gp: float = _field(10.0, 0, 1e6, "weight λ of the gradient penalty L_GP")
     alpha_s: float = _field(100.0, 0, 1e6, "weight α of the spatial consistency loss L_S")
     lr_g: float = _field(1e-4, 0, 1, "learning rate of G")
@@ -93,7 +91,7 @@ class Config:
     batch_size: int = _field(128, 2, 65536, "macro patches a step")
     steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
-    precision: str = _field("auto", None, None, "auto, float32 or bfloat16, for the networks' convolutions")
+    precision: str = _field("auto", None, None, "auto, fp32 or bf16: of the networks' convolutions")
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, or toy:faces")
     crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
@@ -472,13 +470,13 @@ class Batch:
     epsilon: torch.Tensor  # (B,)
 
 
-def draw_batch(config: Config, images: torch.Tensor, train: torch.Tensor, rng, device) -> Batch:
+def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng, device) -> Batch:
     """Draw B images, discrete positions and latents, all uniformly (appendix C, "Coordinate Setup").
 
-    Args: images (n, H, W, 3) uint8 on any device; train: numbers of the images that may be drawn.
+    Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64.
     """
     B = config.batch_size
-    index = train[torch.randint(len(train), (B,), generator=rng)]
+    index = numbers[torch.randint(len(numbers), (B,), generator=rng)]
     i = torch.randint(config.R - config.N + 1, (B,), generator=rng)
     j = torch.randint(config.K - config.M + 1, (B,), generator=rng)
     z = latent(B, config.z_dim, rng)
@@ -486,10 +484,9 @@ def draw_batch(config: Config, images: torch.Tensor, train: torch.Tensor, rng, d
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
 
     height, width = config.N * config.S, config.M * config.S
-    left = torch.where(
-        mirror, config.width - width - j * config.S, j * config.S
-    )  # where it lies in the stored image
-    place = [move(t, images.device) for t in (index, i * config.S, left)]
+    top, left = i * config.S, j * config.S
+    left = torch.where(mirror, config.width - width - left, left)  # where it lies before it is mirrored
+    place = [move(t, images.device) for t in (index, top, left)]
     x_macro = move(crop_patches(images, *place, height, width), device)
     x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
     c_macro, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
@@ -512,9 +509,8 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     """s' = φ(G(z, C'')): the macro patches of a batch, (B, 3, N·S, M·S) in [-1, 1]."""
     N, M = state.config.N, state.config.M
     with mixed_precision(state):
-        s_micro = functional_call(
-            state.G, parameters, (batch.z.repeat_interleave(N * M, dim=0), batch.c_micro)
-        )
+        z = batch.z.repeat_interleave(N * M, dim=0)  # (B·N·M, z_dim), one latent for all patches of a sample
+        s_micro = functional_call(state.G, parameters, (z, batch.c_micro))
     return merge_patches(s_micro, N, M).contiguous(memory_format=torch.channels_last)
 
 
@@ -584,11 +580,12 @@ def update_average(state: State, G_sn: dict[str, torch.Tensor]) -> None:
 
 def mixed_precision(state: State) -> torch.autocast:
     """bfloat16 convolutions where the processor has them; losses, penalty, sums and Adam stay in float32."""
-    wanted, device = state.config.precision, state.device.type
-    if wanted == "auto":
+    device, precision = state.device.type, state.config.precision
+    if precision == "auto":
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         fast |= device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device, torch.bfloat16, enabled=fast if wanted == "auto" else wanted == "bfloat16")
+        precision = "bf16" if fast else "fp32"
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -645,7 +642,9 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
     """Load a checkpoint without running code in it; UserError unless it is a whole one of this program."""
     try:
-        contents = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which end in one line below
+            contents = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
@@ -851,6 +850,9 @@ def train(args: argparse.Namespace) -> int:
             path = find_checkpoint(args.resume or None, "--resume")
             run = path.parent
             stack.enter_context(lock_run(run))
+            if path != checkpoints(run)[-1]:
+                branch = "copy it to a folder of its own to branch off"
+                raise UserError(f"--resume {path} is not the newest of its run; give {run}, or {branch}")
             contents = read_checkpoint(path, device)
             config = resumed_config(config_of(contents, path), given, args)
             if contents["step"] >= config.steps:
@@ -919,6 +921,7 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
     with stop_signals() as signals:
         while state.step < config.steps:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
+            release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
             last = state.step == config.steps or bool(signals)
             logging = last or state.step % args.log_every == 0
             saving = last or state.step % args.save_every == 0
@@ -927,7 +930,6 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
             if logging:
                 log(state, means, time.monotonic() - started, state.step - first, run, board)
                 losses.clear()
-                release_pages(stored)
             if last or state.step % args.sample_every == 0:
                 show()
             if saving:
@@ -1059,13 +1061,12 @@ def dry_run(config: Config) -> int:
         values[name[0]] += output[0].numel() * (not name.endswith(("blocks", "G", "D")))
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     print("  parameters: " + ", ".join(f"{name} {n:,}" for name, n in parameters.items()))
-    # Weights, gradients, Adam's two averages and G's average. A forward pass keeps what its layers give, about
-    # twice over with the ReLUs; D keeps that of x', s' and ŝ' and, for the penalty, of the way back from ŝ'.
+    # Weights, gradients, Adam's two averages and G's average; and what the layers give, of G once and of D for
+    # x', s', ŝ' and, twice more, for the gradient at ŝ': within a fifth of what a step was measured to hold.
     fixed = 4 * (4 * sum(parameters.values()) + parameters["G"])
     passes = config.batch_size * (config.N * config.M * values["G"] + 5 * values["D"])
-    print(
-        f"  memory: about {(fixed + 2 * 4 * passes) / 2**20:,.0f} MB in float32, and the images and PyTorch itself"
-    )
+    megabytes = (fixed + 4 * passes) / 2**20
+    print(f"  memory: about {megabytes:,.0f} MB in float32, and the images and PyTorch itself")
     return 0
 
 
@@ -1075,12 +1076,9 @@ def check_finite(losses: torch.Tensor, step: int, run: Path) -> torch.Tensor:
     if len(bad):
         row, column = bad[0].tolist()
         where = f"{LOSSES[column]} is {losses[row, column].item()} at step {step - len(losses) + 1 + row:,}"
-        kept = (
-            f"the last good checkpoint is {checkpoints(run)[-1]}"
-            if checkpoints(run)
-            else "no checkpoint was written yet"
-        )
-        raise UserError(f"{where}; {kept}; try lower --lr-g and --lr-d, or --precision float32")
+        good = checkpoints(run)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written yet"
+        raise UserError(f"{where}; {kept}; try lower --lr-g and --lr-d, or --precision fp32")
     return losses.mean(dim=0)
 
 
@@ -1092,12 +1090,10 @@ def log(state: State, means: torch.Tensor, seconds: float, steps: int, run: Path
     entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
     entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
     entry["peak_memory_mb"] = peak_memory(state.device)
-    print(
-        f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s  {clock(left)} left  "
-        f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f} "
-        f"generated {entry['L_S_generated']:.3f}  {entry['peak_memory_mb']:,} MB",
-        flush=True,
-    )
+    done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
+    losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
+    losses += f" generated {entry['L_S_generated']:.3f}"
+    print(f"{done}  {clock(left)} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:

@@ -97,7 +97,7 @@ def load_images(
         raise UserError(_missing(source))
 
     cut = f"{height}x{width}-{crop}"
-    key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {cut} {identity}")).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {identity}")).hexdigest()[:16]
     title = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
     path = Path(cache) / f"{title}-{cut}-{key}.npy"
     try:
@@ -395,6 +395,7 @@ def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: 
                 with contextlib.suppress(OSError):  # not every network file system has locks
                     fcntl.flock(file, fcntl.LOCK_EX)
             file.write(bytes(HEADER_BYTES))
+            file.flush()
             for block, images in blocks:
                 file.write(block)
                 done += images
@@ -427,7 +428,7 @@ def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: 
 def _sweep(path: Path) -> None:
     """Delete what killed decodes of the same file left behind."""
     for old in path.parent.glob(f"{path.stem}.*.tmp"):
-        # OSError: somebody is still writing it. An empty one may be about to be locked.
+        # OSError: somebody is still writing it. Who finds it empty may have come just before its lock.
         with contextlib.suppress(OSError), open(old, "r+b") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 continue

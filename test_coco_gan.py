@@ -104,7 +104,7 @@ def test_presets_are_valid(name):
         (dict(alpha_s=-1.0), "--alpha-s -1.0 is out of range"),
         (dict(height=10**9), "--height 1000000000 is out of range"),
         (dict(S="16"), "--S is '16'; it must be of type int"),
-        (dict(precision="float8"), "--precision float8 is unknown; give auto, float32, bfloat16"),
+        (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, bf16"),
         (dict(crop="centre"), "--crop centre is unknown; give center"),
     ],
 )
@@ -368,7 +368,7 @@ def test_each_step_changes_its_own_networks():
 
 
 def test_d_learns_to_prefer_real_patches_and_g_to_please_d():
-    config = dataclasses.replace(UNEVEN, batch_size=16, lr_g=3e-3, lr_d=3e-3, precision="float32")
+    config = dataclasses.replace(UNEVEN, batch_size=16, lr_g=3e-3, lr_d=3e-3, precision="fp32")
     state, batch = new_state_and_batch(config)
     G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
     s_macro = coco_gan.generate_macro(state, G_sn, batch).detach()
@@ -481,9 +481,10 @@ def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     assert "--lr-g was 0.0001 in the run to resume and is now 0.5" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--preset", "tiny"]) == 2
     assert "--preset cannot be given with --resume" in capsys.readouterr().err
-    Image.new("RGB", (30, 30), "red").save("red.png")
+    assert coco_gan.main(["train", "--resume", "run/checkpoint-000000002.pt"]) == 2
+    assert "checkpoint-000000002.pt is not the newest of its run; give run" in capsys.readouterr().err
     Path("photos").mkdir()
-    os.rename("red.png", "photos/red.png")
+    Image.new("RGB", (30, 30), "red").save("photos/red.png")
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--data", "photos"]) == 2
     assert "holds other images" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
@@ -491,7 +492,7 @@ def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
 
 
 KILLED_WHILE_SAVING = """
-import os, signal, sys, coco_gan
+import os, signal, sys, torch, coco_gan
 real, saves = {place}, []
 def dies(*args, **kwargs):
     saves.append(real(*args, **kwargs) if len(saves) < 2 else os.kill(os.getpid(), signal.SIGKILL))
@@ -749,7 +750,7 @@ def test_presets_go_by_device_and_data():
 
 
 def test_every_field_has_a_flag(here, capsys):
-    changed = dict(z_dim=9, seed=3, precision="bfloat16", average=0.5, data="toy:faces", beta2=0.9)
+    changed = dict(z_dim=9, seed=3, precision="bf16", average=0.5, data="toy:faces", beta2=0.9)
     config = dataclasses.replace(UNEVEN, **changed)
     assert coco_gan.main(["train", "--dry-run", "--device", "cpu", *flags(config)]) == 0
     out = capsys.readouterr().out
@@ -759,7 +760,7 @@ def test_every_field_has_a_flag(here, capsys):
 
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python coco_gan\.py (.+?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:pip .+ && )?python coco_gan\.py (.+?)(?: +#.*)?$", README, re.MULTILINE)
 
 
 def test_the_readme_shows_its_first_command_early():
