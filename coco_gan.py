@@ -896,7 +896,9 @@ def train(args: argparse.Namespace) -> int:
 def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Namespace) -> int:
     config, device, fingerprint = state.config, state.device, fingerprint_of(stored)
     numbers, _ = split(len(stored), config.holdout)
-    images = torch.from_numpy(stored)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+        images = torch.from_numpy(stored)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1061,8 +1063,8 @@ def dry_run(config: Config) -> int:
         values[name[0]] += output[0].numel() * (not name.endswith(("blocks", "G", "D")))
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     print("  parameters: " + ", ".join(f"{name} {n:,}" for name, n in parameters.items()))
-    # Weights, gradients, Adam's two averages and G's average; and what the layers give, of G once and of D for
-    # x', s', ŝ' and, twice more, for the gradient at ŝ': within a fifth of what a step was measured to hold.
+    # Weights, gradients, Adam's two averages and G's average; and what the layers give, G's once, D's for x',
+    # s', ŝ' and, twice more, for the gradient at ŝ': within a fifth of what a step was measured to hold.
     fixed = 4 * (4 * sum(parameters.values()) + parameters["G"])
     passes = config.batch_size * (config.N * config.M * values["G"] + 5 * values["D"])
     megabytes = (fixed + 4 * passes) / 2**20

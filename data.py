@@ -137,7 +137,7 @@ def release_pages(images: np.ndarray) -> None:
 
 
 def _open_map(path: Path) -> np.ndarray:
-    images = np.load(path, mmap_mode="c")
+    images = np.load(path, mmap_mode="r")
     if hasattr(mmap, "MADV_RANDOM"):
         images._mmap.madvise(mmap.MADV_RANDOM)  # batches jump about: reading ahead would be wasted
     return images
@@ -159,9 +159,7 @@ def _list_folder(root: str) -> list[str]:
         seen.add(os.path.realpath(where))
         try:
             with os.scandir(where) as entries:
-                for (
-                    entry
-                ) in entries:  # with 200,000 images, all that stands here is waited for at every start
+                for entry in entries:  # with 200,000 images, every start waits for what stands here
                     name = entry.name
                     if name[0] == "." or name == "__MACOSX":
                         continue
@@ -402,7 +400,7 @@ def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: 
                 if done == count or done * (100 if tty else 4) // count > shown:
                     shown = done * (100 if tty else 4) // count
                     start, end = ("\r", "\n" if done == count else "") if tty else ("", "\n")
-                    line = f"{start}{done:,} of {count:,} images decoded{end}"
+                    line = f"{start}{done:,} of {count:,} images ready{end}"
                     print(line, end="", file=sys.stderr, flush=True)
             # The header comes last, because only now the number of good images is known.
             shape = ((file.tell() - HEADER_BYTES) // (height * width * 3), height, width, 3)

@@ -1,6 +1,9 @@
 """Tests of coco_gan.py and data.py, in their order: python -m pytest"""
 
+import copy
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import os
@@ -9,10 +12,14 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +27,7 @@ import torch
 from PIL import Image
 
 import coco_gan
+import data
 from coco_gan import Config, UserError
 
 ROOT = Path(__file__).parent
@@ -47,14 +55,6 @@ def tensors(value, name=""):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
             yield from tensors(inner, f"{name}/{key}")
-
-
-def copies(*nets):
-    return [{k: v.clone() for k, v in net.state_dict().items()} for net in nets]
-
-
-def changed(net, before):
-    return any(not torch.equal(v, before[k]) for k, v in net.state_dict().items() if v.is_floating_point())
 
 
 @pytest.fixture
@@ -389,10 +389,8 @@ def test_average_follows_the_weights_as_applied():
         for name, buffer in state.G_average.named_buffers():
             assert torch.equal(buffer, raw[name])
     state.config = dataclasses.replace(UNEVEN, average=0.999)
-    old, parameters = (
-        copies(state.G_average)[0],
-        coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=False),
-    )
+    old = copy.deepcopy(state.G_average.state_dict())
+    parameters = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=False)
     coco_gan.update_average(state, parameters)  # after two steps, the decay is (1 + 2) / (10 + 2)
     for name, p in state.G_average.named_parameters():
         torch.testing.assert_close(p, 0.25 * old[name] + 0.75 * parameters[name].detach())
@@ -627,6 +625,593 @@ def test_sample_takes_the_newest_checkpoint_under_runs(copied, capsys):
         for path in Path(f"runs/tiny-{number}").iterdir():
             os.utime(path, (time.time() - age,) * 2)
     assert coco_gan.find_checkpoint(None) == Path("runs/tiny-001/checkpoint-000000004.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------
+
+# Two rows of three pixels: no flip, turn or exchange of height and width maps it to itself.
+COLOURS = np.array(
+    [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [255, 255, 255], [200, 100, 50]]], np.uint8
+)
+GREYS = np.array([[0, 100, 200], [50, 150, 255]], np.uint8)
+ALPHA = np.array([[255, 255, 0], [255, 255, 255]], np.uint8)  # the upper right pixel is transparent
+ON_WHITE = np.where(ALPHA[..., None] == 0, 255, COLOURS).astype(np.uint8)
+
+
+def encode(pixels, kind="PNG", **options):
+    image, file = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def coordinates(height, width):
+    """An image whose pixel at (y, x) is (y, x, 0)."""
+    return np.stack([*np.indices((height, width)), np.zeros((height, width))], -1).astype(np.uint8)
+
+
+def flat(value):
+    return encode(np.full((4, 4, 3), value, np.uint8))
+
+
+def fill(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def make_zip(path, files, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return str(path)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(source, height=4, width=4, **options):
+        return data.load_images(
+            source, height, width, **{"cache": tmp_path / "cache", "workers": 1} | options
+        )
+
+    return load
+
+
+def cached(tmp_path):
+    return sorted(path.suffix for path in (tmp_path / "cache").glob("*"))
+
+
+# One image: whatever its mode, it becomes upright RGB
+
+
+def palette_image():
+    image = Image.new("P", (3, 2))
+    image.putpalette(COLOURS.ravel().tolist())
+    image.putdata(range(6))
+    return image
+
+
+def with_alpha():
+    return Image.fromarray(np.dstack([COLOURS, ALPHA]))
+
+
+def grey_with_alpha():
+    return Image.merge("LA", [Image.fromarray(GREYS), Image.fromarray(ALPHA)])
+
+
+GREY = np.repeat(GREYS[..., None], 3, -1)
+GREY_ON_WHITE = np.where(ALPHA[..., None] == 0, 255, GREY)
+WIDE_GREY = GREYS.astype(np.uint16) * 257
+
+
+def cmyk_image():
+    return Image.merge("CMYK", [Image.fromarray(c) for c in (*np.moveaxis(255 - COLOURS, -1, 0), GREYS * 0)])
+
+
+def big_endian():
+    return Image.frombytes("I;16B", (3, 2), WIDE_GREY.astype(">u2").tobytes())
+
+
+def gif_frames():
+    return encode(palette_image(), "GIF", save_all=True, append_images=[Image.new("P", (3, 2), 3)])
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        pytest.param(encode(COLOURS), COLOURS, id="RGB PNG"),
+        pytest.param(encode(COLOURS, "BMP"), COLOURS, id="RGB BMP"),
+        pytest.param(encode(COLOURS, "TIFF"), COLOURS, id="RGB TIFF"),
+        pytest.param(encode(COLOURS, "WEBP", lossless=True), COLOURS, id="RGB WebP"),
+        pytest.param(encode(GREYS), GREY, id="8-bit grey"),
+        pytest.param(encode(WIDE_GREY), GREY, id="16-bit grey PNG, which convert clips to white"),
+        pytest.param(
+            encode(GREYS // 2 * np.uint16(257)), GREY // 2, id="16-bit grey PNG that nowhere is white"
+        ),
+        pytest.param(encode(WIDE_GREY, "TIFF"), GREY, id="16-bit grey TIFF"),
+        pytest.param(encode(big_endian(), "TIFF"), GREY, id="16-bit grey TIFF, big-endian"),
+        pytest.param(encode(WIDE_GREY.astype(np.int32), "TIFF"), GREY, id="32-bit integers of 16-bit range"),
+        pytest.param(encode(GREYS.astype(np.int32) << 23, "TIFF"), GREY, id="32-bit integers of full range"),
+        pytest.param(encode((GREYS / 255).astype(np.float32), "TIFF"), GREY, id="floats from 0 to 1"),
+        pytest.param(encode(GREYS.astype(np.float32), "TIFF"), GREY, id="floats from 0 to 255"),
+        pytest.param(encode(Image.fromarray(GREYS > 120)), (GREY > 120) * 255, id="one bit"),
+        pytest.param(encode(palette_image()), COLOURS, id="palette"),
+        pytest.param(encode(palette_image(), transparency=2), ON_WHITE, id="palette, one colour transparent"),
+        pytest.param(encode(COLOURS, transparency=(0, 0, 255)), ON_WHITE, id="RGB, one colour transparent"),
+        pytest.param(encode(palette_image().convert("PA"), "TIFF"), COLOURS, id="palette with alpha"),
+        pytest.param(encode(with_alpha()), ON_WHITE, id="RGBA"),
+        pytest.param(encode(with_alpha(), "WEBP", lossless=True), ON_WHITE, id="RGBA WebP"),
+        pytest.param(
+            encode(Image.merge("LA", [Image.fromarray(GREYS), Image.fromarray(ALPHA)])),
+            np.where(ALPHA[..., None] == 0, 255, GREY),
+            id="grey with alpha",
+        ),
+        pytest.param(gif_frames(), COLOURS, id="animated GIF, first frame"),
+        pytest.param(encode(cmyk_image(), "TIFF"), COLOURS, id="CMYK TIFF"),
+    ],
+)
+def test_decode_makes_rgb(content, expected):
+    np.testing.assert_array_equal(data.decode_image(content, 2, 3, "center"), expected)
+
+
+UPRIGHT_TO_STORED = {
+    1: lambda p: p,
+    2: np.fliplr,
+    3: lambda p: np.rot90(p, 2),
+    4: np.flipud,
+    5: lambda p: np.swapaxes(p, 0, 1),
+    6: lambda p: np.rot90(p, 1),  # shown after a quarter turn clockwise
+    7: lambda p: np.rot90(np.swapaxes(p, 0, 1), 2),
+    8: lambda p: np.rot90(p, -1),
+}
+
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+@pytest.mark.parametrize("orientation", UPRIGHT_TO_STORED)
+def test_decode_obeys_the_orientation_in_exif(orientation, kind, options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(UPRIGHT_TO_STORED[orientation](COLOURS))
+    content = encode(stored, kind, exif=exif.tobytes(), **options)
+    np.testing.assert_array_equal(data.decode_image(content, 2, 3, "center"), COLOURS)
+
+
+def test_decode_obeys_the_orientation_of_sixteen_bit_grey_and_jpeg():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = encode(np.ascontiguousarray(np.rot90(WIDE_GREY)), exif=exif.tobytes())
+    np.testing.assert_array_equal(data.decode_image(grey, 2, 3, "center"), GREY)
+    blocks = np.ascontiguousarray(np.rot90(COLOURS).repeat(16, 0).repeat(16, 1))
+    jpeg = encode(blocks, "JPEG", quality=100, subsampling=0, exif=exif.tobytes())
+    result = data.decode_image(jpeg, 32, 48, "center")[8::16, 8::16]
+    np.testing.assert_allclose(result.astype(int), COLOURS, atol=3)
+
+
+def test_decode_ignores_broken_exif():
+    content = encode(COLOURS, exif=b"Exif\0\0garbage!")
+    np.testing.assert_array_equal(data.decode_image(content, 2, 3, "center"), COLOURS)
+
+
+# One image: crop and resize
+
+
+@pytest.mark.parametrize(
+    "size, cut, rows, columns",
+    [
+        ((4, 10), (4, 4), (0, 4), (3, 7)),  # too wide
+        ((10, 4), (4, 4), (3, 7), (0, 4)),  # too high
+        ((5, 4), (4, 4), (0, 4), (0, 4)),  # one left over: whole pixels, no blur
+        ((6, 9), (6, 4), (0, 6), (2, 6)),  # not square
+        ((4, 6), (4, 6), (0, 4), (0, 6)),  # fits
+    ],
+)
+def test_center_crop_takes_the_largest_centred_rectangle(size, cut, rows, columns):
+    pixels = data.decode_image(encode(coordinates(*size)), *cut, "center")
+    np.testing.assert_array_equal(pixels, coordinates(*size)[slice(*rows), slice(*columns)])
+
+
+def test_center_crop_of_a_sliver_keeps_a_pixel():
+    assert data.decode_image(encode(coordinates(1, 200)), 64, 1, "center").shape == (64, 1, 3)
+    assert data.decode_image(encode(coordinates(200, 1)), 1, 64, "center").shape == (1, 64, 3)
+
+
+def test_celeba_crop_takes_rows_50_to_177_and_columns_25_to_152():
+    aligned = encode(coordinates(218, 178))
+    pixels = data.decode_image(aligned, 128, 128, "celeba")
+    assert pixels[0, 0].tolist() == [50, 25, 0] and pixels[127, 127].tolist() == [177, 152, 0]
+    np.testing.assert_array_equal(pixels, coordinates(218, 178)[50:178, 25:153])
+    halved = data.decode_image(aligned, 64, 64, "celeba")
+    np.testing.assert_allclose(
+        halved[[0, 31, 63], [0, 31, 63]], [[50, 25, 0], [112, 87, 0], [176, 151, 0]], atol=1
+    )
+
+
+def test_squash_takes_the_whole_image():
+    halves = np.zeros((4, 16, 3), np.uint8)
+    halves[:, 8:] = 255
+    pixels = data.decode_image(encode(halves), 8, 8, "squash")
+    assert pixels.shape == (8, 8, 3) and pixels[:, :3].max() < 10 and pixels[:, 5:].min() > 245
+
+
+@pytest.mark.parametrize("factor", [2, 8, 24])  # 24: reduced before it is resampled
+def test_resize_averages_instead_of_picking_pixels(factor):
+    checks = np.indices((192, 192)).sum(0) % 2 * 255
+    pixels = data.decode_image(encode(checks.astype(np.uint8)), 192 // factor, 192 // factor, "center")
+    assert 120 < pixels.min() and pixels.max() < 135  # picked pixels would be 0 or 255
+
+
+# Finding
+
+
+NAMES = ["b.JPG", "a/c.PNG", "a/B.jpeg", "deep/er/x.WebP", "z.bmp", "10.gif", "2.tif", "1.TIFF"]
+JUNK = [
+    "._b.JPG",
+    ".hidden/c.png",
+    "a/.d.png",
+    "__MACOSX/b.jpg",
+    "a/__MACOSX/b.jpg",
+    "notes.txt",
+    "jpg",
+    "a.jpg.bak",
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "stored zip", "deflated zip"])
+def test_finds_images_nested_in_any_case_in_sorted_order(kind, load, tmp_path):
+    # Each content tells its place among the sorted names; the ending and the content need not agree.
+    files = {name: flat(i) for i, name in enumerate(sorted(NAMES))} | {name: flat(99) for name in JUNK}
+    files = dict(reversed(files.items()))
+    method = zipfile.ZIP_DEFLATED if kind == "deflated zip" else zipfile.ZIP_STORED
+    source = (
+        fill(tmp_path / "photos", files) if kind == "folder" else make_zip(tmp_path / "p.zip", files, method)
+    )
+    images = load(source, workers=2)
+    assert images[:, 0, 0, 0].tolist() == list(range(len(NAMES)))
+    assert isinstance(images, np.memmap) and images.dtype == np.uint8 and not images.flags.writeable
+
+
+def test_many_chunks_keep_their_order(load, tmp_path):
+    images = load(make_zip(tmp_path / "p.zip", {f"{i:03}.png": flat(i) for i in range(250)}), workers=3)
+    assert images[:, 1, 2, 1].tolist() == list(range(250))
+
+
+def test_names_in_a_zip_are_no_paths(load, tmp_path):
+    names = ["../../up.png", "/tmp/absolute.png", "C:\\drive.png", "./here.png"]
+    (tmp_path / "inner").mkdir()
+    source = make_zip(tmp_path / "inner" / "p.zip", {name: flat(7) for name in names})
+    assert load(source).shape == (4, 4, 4, 3)
+    assert {path.name for path in tmp_path.rglob("*")} - {"inner", "p.zip", "cache"} == {
+        load(source).filename.name
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and named pipes as on POSIX")
+def test_link_loops_and_pipes_do_not_hang(load, tmp_path, capsys):
+    fill(tmp_path / "elsewhere", {"linked.png": flat(2)})
+    folder = Path(fill(tmp_path / "photos", {"a.png": flat(0), "sub/b.png": flat(1)}))
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "to").symlink_to(tmp_path / "elsewhere")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "dead.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    assert load(folder.as_posix())[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert "skipped 2 of 5 images" in capsys.readouterr().err
+
+
+# Bad images are skipped and named; bad wishes are one line
+
+
+def png_header(height, width):
+    fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(fields))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields + checksum + struct.pack(">I", 99) + b"IDAT"
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+BROKEN = {
+    "1 empty.jpg": (b"", "is empty"),
+    "2 text.png": (b"not an image", "no image that Pillow can read"),
+    "3 cut.jpg": (encode(NOISE, "JPEG")[:-200], "truncated"),
+    "4 cut.png": (encode(NOISE)[:-200], "truncated"),
+    "5 bomb.png": (png_header(30000, 30000), "900000000 pixels"),
+    "6 warned.png": (png_header(10000, 10000), "100000000 pixels"),  # for Pillow, only a warning
+    "7 script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that Pillow can read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_image_has_its_reason(name, load, tmp_path, capsys):
+    images = load(fill(tmp_path / "photos", {name: BROKEN[name][0], "whole.png": flat(5)}))
+    assert images.shape == (1, 4, 4, 3) and (images == 5).all()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2] == "skipped 1 of 2 images:" and name in lines[-1] and BROKEN[name][1] in lines[-1]
+
+
+def test_skipped_images_are_counted_and_five_are_named_once(load, tmp_path, capsys):
+    files = {name: content for name, (content, _) in BROKEN.items()} | {"0.png": flat(1), "8.png": flat(2)}
+    source = fill(tmp_path / "photos", files)
+    assert load(source)[:, 0, 0, 0].tolist() == [1, 2]
+    message = capsys.readouterr().err
+    assert "skipped 7 of 9 images" in message
+    assert [name in message for name in BROKEN] == [True] * 5 + [False] * 2
+    assert load(source)[:, 0, 0, 0].tolist() == [1, 2] and capsys.readouterr().err == ""
+
+
+def test_celeba_crop_skips_other_sizes(load, tmp_path, capsys):
+    files = {"aligned.png": encode(coordinates(218, 178)), "wide.png": encode(coordinates(178, 218))}
+    assert len(load(fill(tmp_path / "photos", files), 128, 128, crop="celeba")) == 1
+    assert (
+        "'wide.png': is 218 x 178, but --crop celeba needs the aligned 178 x 218" in capsys.readouterr().err
+    )
+
+
+def test_broken_zip_members_have_their_reasons(load, tmp_path, capsys):
+    path = Path(
+        make_zip(tmp_path / "p.zip", {name: flat(3) for name in ("crc.png", "key.png", "new.png", "ok.png")})
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 6] ^= 1  # the first member's pixels
+    for name, shift, value in ((b"key.png", 0, 1), (b"new.png", 2, 97)):  # encrypted; an unknown method
+        content[content.index(name) - 30 + 6 + shift] = value  # in the member's own header
+        content[content.rindex(name) - 46 + 8 + shift] = value  # and in the directory
+    path.write_bytes(content)
+    assert len(load(str(path))) == 1
+    message = capsys.readouterr().err
+    assert "skipped 3 of 4 images" in message and "CRC" in message and "encrypted" in message
+    assert "compression method is not supported" in message
+
+
+def test_a_zip_member_that_unpacks_to_too_much_is_not_unpacked(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FILE_BYTES", 10)
+    with pytest.raises(data.UserError, match="none of the 1 images can be used.*'a.png': unpacks to"):
+        load(make_zip(tmp_path / "p.zip", {"a.png": flat(3)}))
+
+
+@pytest.mark.parametrize(
+    "source, options, words",
+    [
+        ("celebba", {}, ["--data", "celebba does not exist", "celeba meant"]),
+        ("", {}, ["--data", "does not exist", "toy:faces"]),
+        ("quite/else", {}, ["--data", "quite/else does not exist; give a folder or a zip", "toy:faces"]),
+        ("toy:cats", {}, ["--data toy:cats", "toy:faces"]),
+        ("empty", {}, ["--data", "no image", ".jpeg", ".tiff"]),
+        ("empty.zip", {}, ["--data", "no image", ".jpeg", ".tiff"]),
+        ("text.zip", {}, ["--data", "text.zip is no zip"]),
+        ("cut.zip", {}, ["--data", "cut.zip is no zip"]),
+        ("celeba", {"crop": "middle"}, ["--crop middle", "center, celeba, squash"]),
+        ("celeba", {"cache": "text.zip"}, ["--cache", "text.zip", "MB"]),  # a file, so no folder
+        ("celeba", {"cache": "text.zip/below"}, ["--cache", "text.zip", "MB"]),
+        ("broken", {}, ["--data", "none of the 7 images", "1 empty.jpg"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(source, options, words, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "celeba", {"a.png": flat(1)})
+    fill(tmp_path / "broken", {name: content for name, (content, _) in BROKEN.items()})
+    fill(tmp_path / "empty", {"notes.txt": b"none"})
+    make_zip("empty.zip", {"notes.txt": b"none", "folder.png/": b""})
+    Path("text.zip").write_text("no zip")
+    Path("cut.zip").write_bytes(Path(make_zip("whole.zip", {"a.png": flat(1)})).read_bytes()[:-9])
+    with pytest.raises(data.UserError) as caught:
+        load(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message and [word for word in words if word not in message] == []
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["before", "while writing"])
+def test_a_full_disk_is_told_with_the_size_needed(where, load, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "before":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(data.UserError, match="--cache .*No space left.* 12.6 MB"):
+        load("toy:faces", 32, 32)
+    assert cached(tmp_path) == []
+
+
+def test_a_dead_worker_is_told(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("true") or shutil.which("whoami"))
+    with pytest.raises(data.UserError, match="--workers 1 died"):
+        load(fill(tmp_path / "photos", {"a.png": flat(1)}))
+    assert cached(tmp_path) == []
+
+
+# The cache
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_second_start_decodes_nothing(kind, load, tmp_path, monkeypatch):
+    files = {"a.png": flat(1), "b/c.png": flat(2)}
+    source = fill(tmp_path / "photos", files) if kind == "folder" else make_zip(tmp_path / "p.zip", files)
+    first = load(source)
+    monkeypatch.setattr(data, "_store", None)
+    monkeypatch.setattr(data, "_open_zip", None)
+    np.testing.assert_array_equal(load(source), first)
+    with pytest.raises(TypeError):
+        load(source, crop="squash")
+    with pytest.raises(TypeError):
+        load(source, 8, 4)
+
+
+@pytest.mark.parametrize("change", ["content", "time", "addition", "removal", "name"])
+def test_a_changed_folder_is_decoded_anew(change, load, tmp_path):
+    folder = Path(fill(tmp_path / "photos", {"a.png": flat(1), "b.png": flat(2), "c.png": flat(3)}))
+    load(str(folder))
+    if change == "content":
+        (folder / "b.png").write_bytes(encode(NOISE))
+    elif change == "time":
+        found = (folder / "b.png").stat()
+        os.utime(folder / "b.png", ns=(found.st_atime_ns, found.st_mtime_ns + 1000))
+    elif change == "addition":
+        (folder / "d.png").write_bytes(flat(4))
+    elif change == "removal":
+        (folder / "c.png").unlink()
+    else:
+        (folder / "a.png").rename(folder / "z.png")
+    changed = load(str(folder))
+    assert len(cached(tmp_path)) == 2
+    assert len(changed) == {"addition": 4, "removal": 2}.get(change, 3)
+    assert changed[0, 0, 0, 0] == (2 if change == "name" else 1)
+
+
+def test_a_changed_zip_is_decoded_anew(load, tmp_path):
+    assert load(make_zip(tmp_path / "p.zip", {"a.png": flat(1)}))[0, 0, 0, 0] == 1
+    assert load(make_zip(tmp_path / "p.zip", {"a.png": flat(2), "b.png": flat(3)}))[:, 0, 0, 0].tolist() == [
+        2,
+        3,
+    ]
+
+
+def test_a_moved_cache_and_folder_still_match(load, tmp_path, monkeypatch):
+    load(fill(tmp_path / "here" / "photos", {"a.png": flat(1)}))
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setattr(data, "_store", None)
+    assert load(str(tmp_path / "there" / "photos"), cache=tmp_path / "moved").shape == (1, 4, 4, 3)
+
+
+def test_a_cut_cache_file_is_decoded_anew(load, tmp_path):
+    source = fill(tmp_path / "photos", {"a.png": flat(1)})
+    path = Path(load(source).filename)
+    for length in (0, 100, 150):
+        path.write_bytes(path.read_bytes()[:length])
+        assert (load(source) == 1).all()
+
+
+def test_the_cache_file_describes_itself(load, tmp_path):
+    images = load(fill(tmp_path / "photos", {"a.png": flat(1), "b.png": b""}))
+    np.testing.assert_array_equal(np.load(images.filename), images)
+    assert Path(images.filename).stat().st_size == 128 + images.nbytes
+
+
+def start(code, tmp_path, cache, **options):
+    """Run Python code beside data.py with the photographs of tmp_path decoded into a cache folder."""
+    head = f"import data\nsource, cache = {str(tmp_path / 'photos')!r}, {str(tmp_path / cache)!r}\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code],
+        cwd=Path(data.__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+LOAD = "images = data.load_images(source, 4, 4, cache=cache, workers=2)\n"
+# Decodes two of four chunks of 64, says so and waits for its end.
+STALL = """
+whole = data._decode_all
+def half(*args):
+    blocks = whole(*args)
+    yield next(blocks)
+    yield next(blocks)
+    print("half", flush=True)
+    input()
+data._decode_all = half
+"""
+
+
+@pytest.mark.parametrize("way", ["kill -9", "Ctrl-C", "exception"])
+def test_an_interrupted_decode_leaves_nothing_to_be_taken_for_whole(way, load, tmp_path):
+    if way == "Ctrl-C" and os.name != "posix":
+        pytest.skip("sends Ctrl-C to a process group, as POSIX terminals do")
+    source = fill(tmp_path / "photos", {f"{i:03}.png": flat(i) for i in range(200)})
+    child = start(STALL + LOAD, tmp_path, "cache", start_new_session=True)
+    assert child.stdout.readline() == "half\n"
+    assert cached(tmp_path) == [".tmp"]
+    if way == "kill -9":
+        child.kill()
+    elif way == "Ctrl-C":
+        os.killpg(child.pid, signal.SIGINT)
+    # The workers hold the same stderr: this ends only when they have ended too.
+    errors = child.communicate("" if way == "exception" else None, timeout=20)[1]
+    assert errors.count("Traceback") == (0 if way == "kill -9" else 1)  # the parent's, and none of a worker
+    assert cached(tmp_path) == ([".tmp"] if way == "kill -9" else [])
+    images = load(source)
+    assert images[:, 0, 0, 0].tolist() == list(range(200))
+    assert cached(tmp_path) == [".npy"]  # what the killed one left is gone
+    undisturbed = load(source, cache=tmp_path / "other")
+    assert Path(images.filename).read_bytes() == Path(undisturbed.filename).read_bytes()
+
+
+def test_two_decode_the_same_at_once(tmp_path):
+    fill(tmp_path / "photos", {f"{i:03}.png": flat(i) for i in range(200)})
+    slow = STALL.replace("input()", "input(); yield from blocks")
+    code = LOAD + "print(images[:, 0, 0, 0].tolist() == list(range(200)))"
+    children = []
+    for _ in range(2):
+        children.append(start(slow + code, tmp_path, "cache"))
+        assert children[-1].stdout.readline() == "half\n"
+    assert cached(tmp_path) == [".tmp", ".tmp"]  # the second did not sweep the first away
+    for child in children:
+        output, errors = child.communicate("\n", timeout=20)
+        assert output == "True\n", errors
+    assert cached(tmp_path) == [".npy"]
+
+
+def test_release_pages_frees_memory_and_loses_nothing(load):
+    images = load("toy:faces", 32, 32)
+    before = images.sum()
+
+    def resident():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0])
+
+    if Path("/proc/self/status").exists():
+        held = resident()
+        data.release_pages(images)
+        assert held - resident() > 10_000  # kB of 12,288
+    data.release_pages(images)
+    assert images.sum() == before
+    data.release_pages(np.zeros(3))  # no map: nothing to do
+
+
+# Toys
+
+
+def test_toys_are_the_same_every_time_and_in_any_number():
+    first = np.concatenate(list(data.toy_faces(70, 32, 32)))
+    assert first.shape == (70, 32, 32, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(np.concatenate(list(data.toy_faces(40, 32, 32))), first[:40])
+    assert len(np.unique(first.reshape(70, -1), axis=0)) == 70
+    assert (np.concatenate(list(data.toy_faces(40, 32, 32, seed=1))) != first[:40]).any((1, 2, 3)).all()
+
+
+def test_toys_are_the_same_at_every_size():
+    small, large = (np.concatenate(list(data.toy_faces(8, side, side))) for side in (32, 128))
+    averaged = large.reshape(8, 32, 4, 32, 4, 3).mean((2, 4))
+    assert np.abs(averaged - small).mean() < 3
+    for height, width, rows, columns in ((32, 64, (0, 32), (16, 48)), (50, 32, (9, 41), (0, 32))):
+        image = np.concatenate(list(data.toy_faces(8, height, width)))
+        np.testing.assert_array_equal(image[:, slice(*rows), slice(*columns)], small)
+
+
+def test_toys_have_two_eyes_that_mirror_each_other():
+    for face in np.concatenate(list(data.toy_faces(40, 256, 256))):
+        ys, xs = (face > 235).all(-1).nonzero()  # nothing but eyes and teeth is so bright
+        ys, xs = ys[ys < ys.min() + 24], xs[ys < ys.min() + 24]  # the eyes come first
+        middle = (xs.min() + xs.max()) / 2
+        left, right = xs < middle - 4, xs > middle + 4
+        assert left.sum() > 50 and right.sum() > 50 and (left | right).all()
+        assert abs(left.sum() - right.sum()) < 0.2 * left.sum()
+        assert abs(ys[left].mean() - ys[right].mean()) < 1
+        assert 100 < middle < 156
+
+
+def test_toys_go_through_the_cache(load, monkeypatch):
+    images = load("toy:faces", 16, 24, toy_count=30)
+    np.testing.assert_array_equal(images, np.concatenate(list(data.toy_faces(30, 16, 24))))
+    monkeypatch.setattr(data, "TOYS", {"toy:faces": None})
+    assert len(load("toy:faces", 16, 24, toy_count=30)) == 30
+    with pytest.raises(TypeError):
+        load("toy:faces", 16, 24, toy_count=31)
 
 
 # ----------------------------------------------------------------------------------------------------------
