@@ -770,17 +770,17 @@ def latents(seeds, z_dim: int = 128) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def full_image(G: Generator, z: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+def full_image(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """s = φ(G(z, C''_full)): full images, each from the R·K patches of its own latent vector.
 
-    Args: z (B, z_dim) in [-1, 1], any device; batch_size: images at a time.
+    Args: z (B, z_dim) in [-1, 1], any device; batch_size: images at a time (default: 2¹⁸ pixels at a time).
     Returns: (B, 3, height, width) float32 in [-1, 1], on the device of G.
     Source: section 2, "testing phase"; appendix B, "Testing Only".
     """
     config, device = G.config, next(G.parameters()).device
     c_full = full_matrix(config).to(device)  # (R·K, 2)
     images = []
-    for part in z.to(device).split(batch_size):
+    for part in z.to(device).split(batch_size or max(1, 2**18 // (config.height * config.width))):
         s_micro = G(
             part.repeat_interleave(len(c_full), dim=0), c_full.repeat(len(part), 1)
         )  # (B·R·K, 3, S, S)
@@ -805,7 +805,7 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     return picture
 
 
-def figure_3(G: Generator, z: torch.Tensor, batch_size: int) -> np.ndarray:
+def figure_3(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> np.ndarray:
     """Three rows as in figure 3: full images, a macro patch of each, and the first micro patch in that."""
     config, gap = G.config, 8
     images = to_uint8(full_image(G, z, batch_size))
@@ -919,7 +919,7 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    losses, started, first = [], time.monotonic(), state.step  # losses: (5,) for each step since the last log
+    losses, started, first = [], time.monotonic(), state.step  # losses: (5,) a step since the last look
     with stop_signals() as signals:
         while state.step < config.steps:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
@@ -929,9 +929,9 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
             saving = last or state.step % args.save_every == 0
             if logging or saving:  # only here a GPU is waited for
                 means = check_finite(torch.stack(losses).double().cpu(), state.step, run)
+                losses.clear()
             if logging:
                 log(state, means, time.monotonic() - started, state.step - first, run, board)
-                losses.clear()
             if last or state.step % args.sample_every == 0:
                 show()
             if saving:
@@ -973,9 +973,10 @@ def sample(args: argparse.Namespace) -> int:
         elif names == [out]:
             save_picture(grid(to_uint8(full_image(G, z, args.batch_size))), out)
         else:
-            for first in range(0, len(names), args.batch_size):
-                some = slice(first, first + args.batch_size)
-                for image, name in zip(to_uint8(full_image(G, z[some], args.batch_size)), names[some]):
+            B = args.batch_size or 16
+            for first in range(0, len(names), B):
+                images = to_uint8(full_image(G, z[first : first + B], args.batch_size))
+                for image, name in zip(images, names[first : first + B]):
                     save_picture(image, name)
     except OSError as error:
         raise UserError(
@@ -1277,7 +1278,9 @@ def build_parser() -> Parser:
     s.add_argument("--raw", action="store_true", help="use G's weights themselves, not their running average")
     s.add_argument("--force", action="store_true", help="replace pictures that exist")
     s.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    s.add_argument("--batch-size", type=positive, default=64, metavar="B", help="images generated at a time")
+    s.add_argument(
+        "--batch-size", type=positive, metavar="B", help="images generated at a time (default: by their size)"
+    )
     parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}
     return parser
 

@@ -609,7 +609,7 @@ def test_sample_names_its_picture_and_replaces_none(copied, capsys):
 def test_patches_are_cut_from_their_images(trained):
     G = coco_gan.load(trained)
     z = coco_gan.latents([0, 1], 8)
-    picture, images = coco_gan.figure_3(G, z, 64), coco_gan.to_uint8(coco_gan.full_image(G, z))
+    picture, images = coco_gan.figure_3(G, z), coco_gan.to_uint8(coco_gan.full_image(G, z))
     assert picture.shape == (16 + 8 + 8 + 8 + 4, 24 + 8 + 24, 3)
     assert np.array_equal(picture[:16, 32:], images[1])
     assert np.array_equal(picture[24:32, 32:44], images[1][4:12, 8:20])  # the macro patch in row 1, column 2
