@@ -271,7 +271,7 @@ def test_conditional_batch_norm():
     cbn = coco_gan.ConditionalBatchNorm(4, 6)
     x, condition = 1000 + 3 * torch.randn(5, 4, 3, 2), torch.randn(5, 6)
     normal = (x - x.mean((0, 2, 3), keepdim=True)) / x.var((0, 2, 3), correction=0, keepdim=True).sqrt()
-    torch.testing.assert_close(cbn(x, condition), normal, atol=1e-3, rtol=1e-3)  # γ = 1 and β = 0 at first
+    torch.testing.assert_close(cbn(x, 0 * condition), normal, atol=1e-3, rtol=1e-3)  # γ = 1 and β = 0
     torch.nn.init.normal_(cbn.weight)
     gamma, beta = (condition @ cbn.weight.T + cbn.bias)[:, :, None, None].split(4, 1)
     torch.testing.assert_close(cbn(x, condition), gamma * normal + beta, atol=1e-2, rtol=1e-3)
@@ -484,7 +484,7 @@ def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     Path("photos").mkdir()
     Image.new("RGB", (30, 30), "red").save("photos/red.png")
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--data", "photos"]) == 2
-    assert "holds other images" in capsys.readouterr().err
+    assert "has other images than run was trained on" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
     assert torch.load(copied / "checkpoint-000000005.pt", weights_only=True)["config"]["steps"] == 5
 
@@ -1262,8 +1262,8 @@ BAD_COMMANDS = [
     ("train --data empty", "--data empty holds no image"),
     ("train --data file.txt", "--data file.txt"),
     ("train --height 100", "--height 100 is not divisible by --S 8"),
-    ("train --holdout 4096", "--holdout 4096 leaves none of the 4096 images"),
-    ("train --run run", "--run run holds a run already"),
+    ("train --holdout 4096", "--holdout 4096 leaves none of 4096 images"),
+    ("train --run run", "--run run holds a run"),
     ("train --run file.txt/run", "--run file.txt/run cannot be made"),
     ("train --cache file.txt/cache", "--cache file.txt/cache"),
     ("train --resume nowhere", "--resume nowhere does not exist"),
@@ -1281,7 +1281,7 @@ BAD_COMMANDS = [
     ("sample --checkpoint huge.pt", "--width-g 1000000000 is out of range"),
     ("sample --checkpoint field.pt", "field.pt has a configuration that this version cannot use"),
     ("sample --checkpoint swapped.pt", "swapped.pt is damaged: its G_average does not fit"),
-    ("sample --checkpoint run --out picture.txt", "--out picture.txt ends in no picture format"),
+    ("sample --checkpoint run --out picture.txt", "--out picture.txt is no picture's name"),
     ("sample --checkpoint run --out file.txt/a.png", "--out file.txt/a.png cannot be written"),
     ("sample --checkpoint run --out run --patches", "--patches draws one picture"),
     ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds at 'x'"),
