@@ -18,8 +18,9 @@ Symbols (appendix B) and how they are spelled here. Order is always (y, x), (hei
     ŝ'     s_hat        a point on the line from x' to s'
     φ, ψ   merge_patches, crop_patches
     R, K   config.R, K  rows and columns of micro patches in a full image
-    B                   macro patches in a batch; b·N·M + n·M + m numbers its micro patches
     λ, α   lambda_gp, alpha_s
+    B                   macro patches in a batch; b·N·M + n·M + m numbers its micro patches
+    W/σ    G_sn, D_sn, A_sn    the spectrally normalised parameters of G, D and A
 
 Deviations from the paper are marked "Deviation:" where they happen and listed in the README.
 """
@@ -32,10 +33,12 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -55,9 +58,11 @@ from data import CROPS, UserError, load_images, release_pages
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
     import msvcrt
+
+    fcntl = resource = None
 
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (section 3.1, appendix C). All that decides what is learned, and nothing else, is a field:
@@ -91,7 +96,7 @@ class Config:
     batch_size: int = _field(128, 2, 65536, "macro patches a step")
     steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
-    precision: str = _field("auto", None, None, "auto, fp32 or bf16: of the networks' convolutions")
+    precision: str = _field("auto", None, None, "auto, fp32 or bf16: of what G's and D's layers compute")
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, or toy:faces")
     crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
@@ -219,28 +224,35 @@ def crop_patches(images, index, top, left, height: int, width: int) -> torch.Ten
 # ----------------------------------------------------------------------------------------------------------
 
 
-def spectral_vectors(net: nn.Module) -> dict[str, torch.Tensor]:
-    """One right singular vector v, still random, for each weight that is to be spectrally normalised."""
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    return {f"{n}.weight": F.normalize(torch.randn(m.weight[0].numel()), dim=0) for n, m in layers.items()}
+def initialise(net: nn.Module) -> None:
+    """Glorot's uniform weights and zero biases. Deviation: the paper says nothing of it.
+
+    Each of these layers also gets a buffer v for `spectral_norm`, at first a random direction.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            module.register_buffer("v", F.normalize(torch.randn(module.weight[0].numel()), dim=0))
+    net.to(memory_format=torch.channels_last)
 
 
-def spectral_norm(net: nn.Module, vectors: dict[str, torch.Tensor], iterate: bool) -> dict[str, torch.Tensor]:
-    """The parameters of net with every W in `vectors` divided by σ(W), its largest singular value.
+def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
+    """The parameters of net, the weight W of each convolution and linear layer divided by σ(W).
 
-    σ is estimated as ‖W v‖, and v by one power iteration, in place, if `iterate`. The network is then applied
-    by `functional_call(net, parameters, inputs)`: one iteration a step, however often it is applied in that.
+    σ(W), its largest singular value, is estimated as ‖W v‖, and v by one power iteration, in place, if
+    `iterate`. The network is then applied by `functional_call(net, parameters, inputs)`: one iteration a
+    step, however often the network is applied in it.
     Source: Miyato et al., "Spectral Normalization for GANs", ICLR 2018, algorithm 1; on G and D, appendix C.
     """
-    parameters = {}
-    for name, p in net.named_parameters():
-        if name in vectors:
-            W, v = p.flatten(1), vectors[name]  # (out, in), (in,)
+    parameters = dict(net.named_parameters())
+    for name, module in net.named_modules():
+        if hasattr(module, "v"):
+            W, v = module.weight.flatten(1), module.v  # (out, in), (in,)
             if iterate:
                 with torch.no_grad():
                     v.copy_(F.normalize(W.T @ (W @ v), dim=0))
-            p = p / (W @ v).norm()
-        parameters[name] = p
+            parameters[f"{name}.weight"] = module.weight / (W @ v).norm()
     return parameters
 
 
@@ -365,8 +377,8 @@ class Discriminator(nn.Module):
     def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, 2) -> (B,), (B, 8 · width_d)
         for block in self.blocks:
             x = block(x)
-        # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. In float32
-        # from here, as scores differ by little: ⟨linear, h⟩ + ⟨projection(c'), h⟩.
+        # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. h and the
+        # score ⟨linear, h⟩ + ⟨projection(c'), h⟩ are float32, for scores differ by little.
         h = F.relu(x).float().sum(dim=(2, 3))
         return (h * (self.linear.weight + self.projection(c_macro))).sum(dim=1) + self.linear.bias, h
 
@@ -383,15 +395,6 @@ class Head(nn.Module):
 
     def forward(self, h):  # (B, features) -> (B, outputs) in [-1, 1]
         return torch.tanh(self.linear2(F.leaky_relu(self.norm(self.linear1(h)), 0.2)))
-
-
-def initialise(net: nn.Module) -> None:
-    """Glorot's uniform weights and zero biases. Deviation: the paper says nothing of it."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    net.to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -434,10 +437,9 @@ class State:
     device: torch.device
     step: int
     G: Generator
-    G_average: Generator  # its weights are averages of those that G applies, so it needs no normalisation
+    G_average: Generator  # averages of the weights as G applies them, W/σ
     D: Discriminator
     A: Head
-    vectors: dict[str, dict[str, torch.Tensor]]  # of the spectral norms of G, D and A
     opt_G: torch.optim.Adam
     opt_D: torch.optim.Adam
     rng: torch.Generator  # on the CPU whatever the device, so that a seed means the same batches everywhere
@@ -447,18 +449,22 @@ def new_state(config: Config, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     G, D = Generator(config), Discriminator(config)
     A = Head(D.linear.in_features, 2)
-    G_average = copy.deepcopy(G).requires_grad_(False).eval()
-    vectors = {name: spectral_vectors(net) for name, net in (("G", G), ("D", D), ("A", A))}
+    G_average = normalised_for_good(copy.deepcopy(G)).requires_grad_(False).eval()
     for net in (G, G_average, D, A):
         net.to(device)
-    for v in vectors.values():
-        v.update({name: tensor.to(device) for name, tensor in v.items()})
-    betas = (config.beta1, config.beta2)
-    fused = device.type in ("cpu", "cuda")
+    betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
     opt_G = torch.optim.Adam(G.parameters(), lr=config.lr_g, betas=betas, fused=fused)
     opt_D = torch.optim.Adam([*D.parameters(), *A.parameters()], lr=config.lr_d, betas=betas, fused=fused)
-    rng = torch.Generator().manual_seed(config.seed)
-    return State(config, device, 0, G, G_average, D, A, vectors, opt_G, opt_D, rng)
+    rng = torch.Generator().manual_seed(2**63 + config.seed)  # another stream than the weights'
+    return State(config, device, 0, G, G_average, D, A, opt_G, opt_D, rng)
+
+
+@torch.no_grad()
+def normalised_for_good(net: nn.Module) -> nn.Module:
+    """Put W/σ in the place of W, so that the network can be called as it is."""
+    for name, p in spectral_norm(net, iterate=False).items():
+        net.get_parameter(name).copy_(p)
+    return net
 
 
 @dataclass
@@ -468,6 +474,18 @@ class Batch:
     c_micro: torch.Tensor  # (B·N·M, 2)
     z: torch.Tensor  # (B, z_dim)
     epsilon: torch.Tensor  # (B,)
+
+
+def latent(count: int, z_dim: int, rng: torch.Generator) -> torch.Tensor:
+    """z, uniform on [-1, 1]: (count, z_dim) (appendix C, "Coordinate Setup")."""
+    return 2 * torch.rand(count, z_dim, generator=rng) - 1
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng, device) -> Batch:
@@ -493,18 +511,6 @@ def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng,
     return Batch(x_macro, *(move(t, device) for t in (c_macro, c_micro, z, epsilon)))
 
 
-def latent(count: int, z_dim: int, rng: torch.Generator) -> torch.Tensor:
-    """z, uniform on [-1, 1]: (count, z_dim) (appendix C, "Coordinate Setup")."""
-    return 2 * torch.rand(count, z_dim, generator=rng) - 1
-
-
-def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     """s' = φ(G(z, C'')): the macro patches of a batch, (B, 3, N·S, M·S) in [-1, 1]."""
     N, M = state.config.N, state.config.M
@@ -517,8 +523,7 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
 def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One Adam step of D and A; returns L_W, L_GP and L_S of the real macro patches."""
     config, B = state.config, len(batch.x_macro)
-    D_sn = spectral_norm(state.D, state.vectors["D"], iterate=True)
-    A_sn = spectral_norm(state.A, state.vectors["A"], iterate=True)
+    D_sn, A_sn = spectral_norm(state.D, iterate=True), spectral_norm(state.A, iterate=True)
 
     def D(x, c_macro):
         with mixed_precision(state):
@@ -536,9 +541,8 @@ def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tup
 
 def generator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One Adam step of G through the updated D, which stays as it is; returns -E[D(s')] and L_S of s'."""
-    with torch.no_grad():
-        D_sn = spectral_norm(state.D, state.vectors["D"], iterate=False)
-        A_sn = spectral_norm(state.A, state.vectors["A"], iterate=False)
+    nets = (state.D, state.A)  # detached, or the way back would lead to their parameters as well
+    D_sn, A_sn = ({k: p.detach() for k, p in spectral_norm(net, iterate=False).items()} for net in nets)
     with mixed_precision(state):
         score, h = functional_call(state.D, D_sn, (s_macro, batch.c_macro))
     L_G = -score.mean()  # the part of L_W that G can change
@@ -554,10 +558,11 @@ LOSSES = ("L_W", "L_GP", "L_S_real", "L_G", "L_S_generated")
 
 def train_step(state: State, batch: Batch) -> torch.Tensor:
     """One step of D and one of G, which share the generated macro patches; returns the five LOSSES, (5,)."""
-    G_sn = spectral_norm(state.G, state.vectors["G"], iterate=True)
+    G_sn = spectral_norm(state.G, iterate=True)
     s_macro = generate_macro(state, G_sn, batch)
-    losses = discriminator_step(state, batch, s_macro) + generator_step(state, batch, s_macro)
-    update_average(state, G_sn)
+    losses = discriminator_step(state, batch, s_macro)
+    update_average(state, G_sn)  # before Adam changes those of them that are not normalised
+    losses += generator_step(state, batch, s_macro)
     state.step += 1
     return torch.stack(losses)
 
@@ -579,7 +584,7 @@ def update_average(state: State, G_sn: dict[str, torch.Tensor]) -> None:
 
 
 def mixed_precision(state: State) -> torch.autocast:
-    """bfloat16 convolutions where the processor has them; losses, penalty, sums and Adam stay in float32."""
+    """bfloat16 in G's and D's layers where the processor has it; weights, losses and Adam stay float32."""
     device, precision = state.device.type, state.config.precision
     if precision == "auto":
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -593,26 +598,48 @@ def mixed_precision(state: State) -> torch.autocast:
 # ----------------------------------------------------------------------------------------------------------
 
 FORMAT = "coco-gan checkpoint 1"
+STATEFUL = ("G", "G_average", "D", "A", "opt_G", "opt_D")
+
+
+@contextlib.contextmanager
+def writing(flag_: str, path: Path):
+    """Tell what could not be written: a full disk, a folder that is read-only or gone."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag_} {path} cannot be written: {error.strerror or error}; name another place")
+
+
+@contextlib.contextmanager
+def memory(advice: str):
+    """Tell what to do when the memory is full, in whichever words PyTorch and its libraries say that."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        if not full and not isinstance(error, MemoryError):
+            raise
+        raise UserError(advice) from error
 
 
 def save_checkpoint(state: State, run: Path, fingerprint: str, keep: int) -> Path:
     """Write all of the state as one file, whole or not at all, and delete all but the newest `keep` files."""
     path = run / f"checkpoint-{state.step:09d}.pt"
     contents = {"format": FORMAT, "config": dataclasses.asdict(state.config), "step": state.step}
-    contents |= {"images": fingerprint, "vectors": state.vectors, "rng": state.rng.get_state()}
+    contents |= {"images": fingerprint, "rng": state.rng.get_state()}
     contents |= {name: getattr(state, name).state_dict() for name in STATEFUL}
     temporary = run / "checkpoint.tmp"
     with open(temporary, "wb") as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # what a full disk becomes in PyTorch's own writer
+            raise OSError(str(error).splitlines()[0])
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     for old in checkpoints(run)[:-keep]:
         old.unlink()
     return path
-
-
-STATEFUL = ("G", "G_average", "D", "A", "opt_G", "opt_D")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -622,8 +649,7 @@ def checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> Path:
     """A checkpoint file as given, or the newest in a run folder, or the newest under runs/."""
     if where is None:
-        runs = {run: checkpoints(run) for run in Path("runs").glob("*")}
-        newest = [paths[-1] for paths in runs.values() if paths]
+        newest = [paths[-1] for paths in map(checkpoints, Path("runs").glob("*")) if paths]
         if not newest:
             raise UserError("there is no checkpoint under runs/; train one with: python coco_gan.py train")
         return max(newest, key=lambda path: path.stat().st_mtime)
@@ -637,43 +663,40 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> 
     return path
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict:
-    """Load a checkpoint without running code in it; UserError unless it is a whole one of this program."""
+@contextlib.contextmanager
+def fitting(path: Path):
+    """Tell which checkpoint has parts that are missing or do not fit one another."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged, or of another version ({text}); give another file") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict, Config]:
+    """Load a checkpoint without running code in it: its contents, in main memory, and its configuration.
+
+    Raises: UserError unless it is a whole one of this program with a configuration that could be typed in.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which end in one line below
-            contents = torch.load(path, map_location=device, weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}")
     except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
         strange = isinstance(error, pickle.UnpicklingError)
         why = "it holds code, or PyTorch did not write it" if strange else "it is damaged or cut short"
-        raise UserError(f"{path} is no checkpoint that can be loaded: {why}; give another file")
+        raise UserError(f"{path} is no checkpoint that can be loaded: {why}; give another file") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program; give another file")
-    return contents
-
-
-def config_of(contents: dict, path: Path) -> Config:
-    """The configuration in a checkpoint, checked like one from the command line."""
-    try:
+    with fitting(path):
         config = Config(**contents["config"])
         check_config(config)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} has a configuration that this version cannot use: {error}")
-    return config
+    return contents, config
 
 
-def load_weights(net, contents: dict, name: str, path: Path) -> None:
-    try:
-        net.load_state_dict(contents[name])
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: its {name} does not fit its configuration; give another file")
-
-
-def load(
-    checkpoint: str | Path | None = None, device: str | torch.device = "cpu", raw: bool = False
-) -> Generator:
+def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = False) -> Generator:
     """The generator of a checkpoint file, of a run folder or (None) of the newest run, ready to sample.
 
     Args: raw: its weights themselves, instead of their running average.
@@ -681,26 +704,22 @@ def load(
     Raises: UserError (a ValueError).
     """
     path = find_checkpoint(checkpoint)
-    contents = read_checkpoint(path, torch.device(device))
-    config = config_of(contents, path)
-    G = Generator(config).to(device)
-    load_weights(G, contents, "G" if raw else "G_average", path)
+    contents, config = read_checkpoint(path)
+    G = Generator(config)
+    with fitting(path):
+        G.load_state_dict(contents["G" if raw else "G_average"])
     if raw:
-        with torch.no_grad():
-            for name, p in spectral_norm(G, contents["vectors"]["G"], iterate=False).items():
-                G.get_parameter(name).copy_(p)
-    return G.requires_grad_(False).eval()
+        normalised_for_good(G)
+    return G.to(device).requires_grad_(False).eval()
 
 
 def restore(state: State, contents: dict, path: Path) -> None:
-    """Put everything back where the checkpoint was written."""
-    for name in STATEFUL:
-        load_weights(getattr(state, name), contents, name, path)
-    for name, vectors in state.vectors.items():
-        for key, v in vectors.items():
-            v.copy_(contents["vectors"][name][key])
-    state.rng.set_state(contents["rng"].cpu())
-    state.step = contents["step"]
+    """Put everything back to where it was when the checkpoint was written."""
+    with fitting(path):
+        for name in STATEFUL:
+            getattr(state, name).load_state_dict(contents[name])
+        state.rng.set_state(contents["rng"])
+        state.step = contents["step"]
 
 
 def fingerprint_of(images: np.ndarray) -> str:
@@ -709,42 +728,131 @@ def fingerprint_of(images: np.ndarray) -> str:
     return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(some.tobytes()):08x}"
 
 
+def split(count: int, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the images to train on and of those held out, which are spread evenly over all."""
+    held_out = torch.linspace(0, count - 1, holdout, dtype=torch.float64).long()
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[held_out] = False
+    return kept.nonzero().squeeze(1), held_out
+
+
 def new_run(wanted: str | None, preset: str) -> Path:
     """Make the folder of a new run: the one asked for, or the next free runs/<preset>-NNN."""
-    try:
-        if wanted is not None:
-            run = Path(wanted)
+    if wanted is not None:
+        run = Path(wanted)
+        with writing("--run", run):
             run.mkdir(parents=True, exist_ok=True)
-            if checkpoints(run) or (run / "log.jsonl").exists():
-                raise UserError(f"--run {run} holds a run; go on by --resume {run}, or name another")
+            if any(path.name != ".lock" for path in run.iterdir()):
+                hint = (
+                    f"go on with it by --resume {run}" if checkpoints(run) else "name a new or empty folder"
+                )
+                raise UserError(f"--run {run} is not empty; {hint}")
+        return run
+    for number in itertools.count(1):
+        run = Path("runs") / f"{preset}-{number:03d}"
+        with writing("--run", run), contextlib.suppress(FileExistsError):
+            run.mkdir(parents=True)
             return run
-        number = 1
-        while True:
-            run = Path("runs") / f"{preset}-{number:03d}"
-            try:
-                run.mkdir(parents=True)
-                return run
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise UserError(f"--run {run} cannot be made: {error.strerror}; name a folder that can be written")
 
 
 def lock_run(run: Path):
     """Keep other processes out of a run folder for as long as the returned file is open and we are alive."""
-    try:
+    with writing("--run", run):
         file = open(run / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"--run {run} cannot be written: {error.strerror}; name another folder")
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(f"--run {run} is in use by another process; wait for it or name another folder")
+    except OSError:
+        pass  # a file system without locks; better to train without one than not at all
     return file
+
+
+def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
+    """The means of the LOSSES (steps, 5) up to this step; UserError names the first that is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    where = ""
+    if len(bad):
+        row, column = bad[0].tolist()
+        step = state.step - len(losses) + 1 + row
+        where = f"{LOSSES[column]} is {losses[row, column].item()} at step {step:,}"
+    elif not all(p.isfinite().all() for net in (state.G, state.D, state.A) for p in net.parameters()):
+        where = f"a weight is not finite after step {state.step:,}"  # by a gradient, behind finite losses
+    if where:
+        good = checkpoints(run)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written yet"
+        raise UserError(f"{where}; {kept}; try lower --lr-g and --lr-d, or --precision fp32")
+    return losses.mean(dim=0)
+
+
+def log(state: State, means: torch.Tensor, seconds: float, steps: int, run: Path, board) -> None:
+    """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
+    rate = steps / seconds
+    left = (state.config.steps - state.step) / rate
+    entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
+    entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
+    entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
+    entry["peak_memory_mb"] = peak_memory(state.device)
+    minutes = f"{left // 3600:.0f}h {left // 60 % 60:02.0f}m" if left >= 3600 else f"{left / 60:.1f} min"
+    done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
+    losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
+    losses += f" generated {entry['L_S_generated']:.3f}"
+    print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    if board is not None:
+        for name in (*LOSSES, "images_per_second", "peak_memory_mb"):
+            board.add_scalar(name, entry[name], state.step)
+
+
+def peak_memory(device: torch.device) -> int:
+    """MB that this process held at most: of the GPU if there is one, else of the machine; 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+
+
+def tensorboard(run: Path, step: int):
+    """A context with a TensorBoard writer where TensorBoard is installed, else with None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return contextlib.nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run), purge_step=step + 1)
+
+
+def forget_log_after(run: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run goes on from: those steps come again."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.with_name("log.tmp").write_text("".join(kept))
+    os.replace(path.with_name("log.tmp"), path)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect SIGINT and SIGTERM in a list, so that the step under way can end; a second one kills."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -754,7 +862,7 @@ def lock_run(run: Path):
 
 def latents(seeds, z_dim: int = 128) -> torch.Tensor:
     """One latent vector for each seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine."""
-    return torch.stack([latent(1, z_dim, torch.Generator().manual_seed(seed))[0] for seed in seeds])
+    return torch.cat([latent(1, z_dim, torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.inference_mode()
@@ -795,19 +903,22 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 def figure_3(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> np.ndarray:
     """Three rows as in figure 3: full images, a macro patch of each, and the first micro patch in that."""
-    config, gap = G.config, 8
+    config, S, gap = G.config, G.config.S, 8
     images = to_uint8(full_image(G, z, batch_size))
     B, H, W, _ = images.shape
-    height, width, S = config.N * config.S, config.M * config.S, config.S
+    height, width = config.N * S, config.M * S
     picture = np.full((H + height + S + 2 * gap, B * (W + gap) - gap, 3), 255, np.uint8)
     places = [(i, j) for i in range(config.R - config.N + 1) for j in range(config.K - config.M + 1)]
     for b, image in enumerate(images):
         i, j = places[b * len(places) // B]  # from the top left to the bottom right
-        macro, left = image[i * S :, j * S :][:height, :width], b * (W + gap)
+        s_macro, left = image[i * S :, j * S :][:height, :width], b * (W + gap)
         picture[:H, left : left + W] = image
-        picture[H + gap :, left : left + width][:height] = macro
-        picture[H + height + 2 * gap :, left : left + S] = macro[:S, :S]
+        picture[H + gap :, left : left + width][:height] = s_macro
+        picture[H + height + 2 * gap :, left : left + S] = s_macro[:S, :S]
     return picture
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
@@ -825,60 +936,50 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
 def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device = choose_device(args.device)
-    given = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args
-    }
-    with contextlib.ExitStack() as stack:  # holds the lock of the run until the end
-        if args.resume is None:
-            preset, why = choose_preset(args, device, given.get("data", Config.data))
-            config = Config(**{**PRESETS[preset], **given})
-            check_config(config)
-            print(f"preset {preset} ({why}), on {device}")
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    if args.resume is None:
+        preset, why = choose_preset(args, device, given.get("data", Config.data))
+        config, contents = Config(**{**PRESETS[preset], **given}), None
+        check_config(config)
+        print(f"preset {preset} ({why}), on {device}")
+    else:
+        path = find_checkpoint(args.resume or None, "--resume")
+        run, (contents, config) = path.parent, read_checkpoint(path)
+        if checkpoints(run)[-1:] != [path]:
+            hint = f"give {run}, or copy it, as it is named, to a new folder to branch off"
+            raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
+        config = resumed_config(config, given, args)
+        if contents["step"] >= config.steps:
+            raise UserError(f"{run} has done {contents['step']} steps already; give more by --steps to go on")
+    if args.dry_run:
+        return dry_run(config)
+
+    size = (config.height, config.width)
+    stored = load_images(config.data, *size, crop=config.crop, cache=args.cache, workers=args.workers or 0)
+    if config.holdout >= len(stored):
+        raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
+    fingerprint, new = fingerprint_of(stored), contents is None
+    if not new and contents["images"] != fingerprint:
+        raise UserError(f"--data {config.data} has other images than {run} was trained on")
+    if new:
+        run = new_run(args.run, preset)
+    advice = f"--batch-size {config.batch_size} does not fit in the memory of {device}; "
+    advice += f"try --batch-size {max(config.batch_size // 2, 2)}" + ("" if new else " in a new run")
+    with lock_run(run), writing("--run", run), memory(advice):
+        if not new and checkpoints(run)[-1] != path:
+            raise UserError(f"--run {run} was trained further just now; start this command again")
+        state = new_state(config, device)
+        if new:
+            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         else:
-            path = find_checkpoint(args.resume or None, "--resume")
-            run = path.parent
-            stack.enter_context(lock_run(run))
-            if path != checkpoints(run)[-1]:
-                branch = "copy it to a folder of its own to branch off"
-                raise UserError(f"--resume {path} is not the newest of its run; give {run}, or {branch}")
-            contents = read_checkpoint(path, device)
-            config = resumed_config(config_of(contents, path), given, args)
-            if contents["step"] >= config.steps:
-                raise UserError(f"{run} has its {config.steps} steps; give more by --steps to go on")
-        if args.dry_run:
-            return dry_run(config)
-
-        size = (config.height, config.width)
-        stored = load_images(
-            config.data, *size, crop=config.crop, cache=args.cache, workers=args.workers or 0
-        )
-        if config.holdout >= len(stored):
-            raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
-        if args.resume is not None and contents["images"] != fingerprint_of(stored):
-            raise UserError(f"--data {config.data} has other images than {run} was trained on")
-        try:
-            state = new_state(config, device)
-            if args.resume is None:
-                run = new_run(args.run, preset)
-                stack.enter_context(lock_run(run))
-                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-            else:
-                restore(state, contents, path)
-                forget_log_after(run, state.step)
-            return train_loop(state, stored, run, args)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
-                error
-            )
-            if not memory:
-                raise
-            B = config.batch_size
-            found = f"--batch-size {B} does not fit in the memory of {device}"
-            raise UserError(f"{found}; try --batch-size {max(B // 2, 2)}")
+            restore(state, contents, path)
+            forget_log_after(run, state.step)
+        del contents
+        return train_loop(state, stored, fingerprint, run, args)
 
 
-def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Namespace) -> int:
-    config, device, fingerprint = state.config, state.device, fingerprint_of(stored)
+def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, args) -> int:
+    config, device = state.config, state.device
     numbers, _ = split(len(stored), config.holdout)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
@@ -888,7 +989,6 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
-    board = tensorboard(run)
 
     def show():
         picture = grid(to_uint8(full_image(state.G_average, z_shown)))
@@ -904,7 +1004,7 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
     losses, started, first = [], time.monotonic(), state.step  # losses: (5,) a step since the last look
-    with stop_signals() as signals:
+    with stop_signals() as signals, tensorboard(run, state.step) as board:
         while state.step < config.steps:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
@@ -912,7 +1012,7 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
             logging = last or state.step % args.log_every == 0
             saving = last or state.step % args.save_every == 0
             if logging or saving:  # only here a GPU is waited for
-                means = check_finite(torch.stack(losses).double().cpu(), state.step, run)
+                means = check_finite(torch.stack(losses).cpu().double(), state, run)
                 losses.clear()
             if logging:
                 log(state, means, time.monotonic() - started, state.step - first, run, board)
@@ -929,49 +1029,12 @@ def train_loop(state: State, stored: np.ndarray, run: Path, args: argparse.Names
     return 0
 
 
-def sample(args: argparse.Namespace) -> int:
-    """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
-    device = choose_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
-    path = find_checkpoint(args.checkpoint)
-    seeds = parse_seeds(args.seed, args.count)
-    G = load(path, device, raw=args.raw)
-    z = latents(seeds, G.config.z_dim)
-    out = Path(args.out) if args.out else free_name(path.with_name(path.stem.replace("checkpoint", "seeds")))
-    if out.is_dir() or args.out and args.out.endswith(("/", os.sep)):
-        if args.patches:
-            raise UserError(f"--patches draws one picture; give --out a file, not the folder {out}")
-        names = [out / f"seed-{seed:06d}.png" for seed in seeds]
-    else:
-        names = [out]
-        check_ending(out)
-    taken = [name for name in names if name.exists()]
-    if taken and not args.force:
-        raise UserError(f"--out {taken[0]} exists already; name another, or add --force to replace it")
-    try:
-        names[0].parent.mkdir(parents=True, exist_ok=True)
-        if args.patches:
-            save_picture(figure_3(G, z, args.batch_size), out)
-        elif names == [out]:
-            save_picture(grid(to_uint8(full_image(G, z, args.batch_size))), out)
-        else:
-            B = args.batch_size or 16
-            for first in range(0, len(names), B):
-                images = to_uint8(full_image(G, z[first : first + B], args.batch_size))
-                for image, name in zip(images, names[first : first + B]):
-                    save_picture(image, name)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}; name another place")
-    print(out)
-    return 0
-
-
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, number = name.partition(":")
+    kind, colon, number = name.partition(":")
     have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (number and not (kind == "cuda" and number.isdecimal())):
+    if kind not in have or (colon and not (kind == "cuda" and number.isdecimal())):
         raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
     if int(number or 0) >= have[kind]:
         raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
@@ -1006,14 +1069,6 @@ def resumed_config(config: Config, given: dict, args: argparse.Namespace) -> Con
     return config
 
 
-def split(count: int, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the images to train on and of those held out, which are spread evenly over all."""
-    held_out = torch.linspace(0, count - 1, holdout, dtype=torch.float64).long()
-    kept = torch.ones(count, dtype=torch.bool)
-    kept[held_out] = False
-    return kept.nonzero().squeeze(1), held_out
-
-
 def dry_run(config: Config) -> int:
     """Print the configuration, every layer's shape, the parameters and the memory, about; make nothing."""
     for name, value in dataclasses.asdict(config).items():
@@ -1036,7 +1091,7 @@ def dry_run(config: Config) -> int:
     for name, kind, output in rows:
         output = output[0] if isinstance(output, tuple) else output
         print(f"  {name:26} {kind:22} {' x '.join(map(str, ('B', *output.shape[1:])))}")
-        values[name[0]] += output[0].numel() * (not name.endswith(("blocks", "G", "D")))
+        values[name[0]] += output[0].numel() if name not in nets else 0
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     print("  parameters: " + ", ".join(f"{name} {n:,}" for name, n in parameters.items()))
     # Weights, gradients, Adam's two averages and G's average; and what the layers give, G's once, D's for x',
@@ -1048,106 +1103,51 @@ def dry_run(config: Config) -> int:
     return 0
 
 
-def check_finite(losses: torch.Tensor, step: int, run: Path) -> torch.Tensor:
-    """The means of (steps, 5) losses up to `step`; UserError names the first that is not finite."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        where = f"{LOSSES[column]} is {losses[row, column].item()} at step {step - len(losses) + 1 + row:,}"
-        good = checkpoints(run)
-        kept = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written yet"
-        raise UserError(f"{where}; {kept}; try lower --lr-g and --lr-d, or --precision fp32")
-    return losses.mean(dim=0)
-
-
-def log(state: State, means: torch.Tensor, seconds: float, steps: int, run: Path, board) -> None:
-    """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
-    rate = steps / seconds
-    left = (state.config.steps - state.step) / rate
-    entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
-    entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
-    entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
-    entry["peak_memory_mb"] = peak_memory(state.device)
-    done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
-    losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
-    losses += f" generated {entry['L_S_generated']:.3f}"
-    print(f"{done}  {clock(left)} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
-    with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
-    if board is not None:
-        for name in (*LOSSES, "images_per_second", "peak_memory_mb"):
-            board.add_scalar(name, entry[name], state.step)
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m {seconds:02d}s"
-
-
-def peak_memory(device: torch.device) -> int:
-    """MB that this process held at most: of the GPU if there is one, else of the machine; 0 where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-
-
-def tensorboard(run: Path):
-    """A TensorBoard writer where TensorBoard is installed, else None."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run))
-
-
-def forget_log_after(run: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that a run goes on from: those steps come again."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.with_name("log.tmp").write_text("".join(kept))
-    os.replace(path.with_name("log.tmp"), path)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collect SIGINT and SIGTERM in a list, so that the step under way can end; a second one kills."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def sample(args: argparse.Namespace) -> int:
+    """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
+    device = choose_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
+    path = find_checkpoint(args.checkpoint)
+    seeds = parse_seeds(args.seed, args.count)
+    out = Path(args.out) if args.out else free_name(path.with_name(path.stem.replace("checkpoint", "seeds")))
+    folder = out.is_dir() or (args.out or "").endswith(("/", os.sep))
+    if folder and args.patches:
+        raise UserError(f"--patches draws one picture; give --out a file, not the folder {out}")
+    if not folder and out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out} is no picture's name; end it in .png, .jpg or .webp, or name a folder")
+    names = [out / f"seed-{seed:06d}.png" for seed in seeds] if folder else [out]
+    taken = [name for name in names if name.exists()]
+    if taken and not args.force:
+        raise UserError(f"--out {taken[0]} exists already; name another, or add --force to replace it")
+    G = load(path, device, raw=args.raw)
+    z, B = latents(seeds, G.config.z_dim), args.batch_size
+    with writing("--out", out), memory(f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}"):
+        names[0].parent.mkdir(parents=True, exist_ok=True)
+        if args.patches:
+            save_picture(figure_3(G, z, B), out)
+        elif not folder:
+            save_picture(grid(to_uint8(full_image(G, z, B))), out)
+        else:
+            for first in range(0, len(names), 16):
+                images = to_uint8(full_image(G, z[first : first + 16], B))
+                for image, name in zip(images, names[first : first + 16]):
+                    save_picture(image, name)
+    print(out)
+    return 0
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
     """ "0,1,4-6" -> [0, 1, 4, 5, 6]; a single seed goes on for `count` images; without a text 0 … count-1."""
     if text is None:
         return list(range(count or 16))
-    seeds = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if (
-            not first.isdecimal()
-            or dash
-            and not (last.isdecimal() and int(first) <= int(last) < int(first) + 10**6)
-        ):
-            raise UserError(f"--seed {text} is no list of seeds at {part!r}; give one like 0,1,4-6")
-        seeds += range(int(first), int(last or first) + 1)
-    if max(seeds) >= 2**63:
-        raise UserError(f"--seed {text} is out of range; give seeds from 0 to {2**63 - 1}")
+    if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
+        raise UserError(f"--seed {text} is no list of seeds; give one like 0,1,4-6")
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if not all(
+        first <= last < first + 10**6 for first, *_, last in (e * 2 if len(e) == 1 else e for e in ends)
+    ):
+        raise UserError(f"--seed {text} has a range that is empty or over a million; give one like 4-6")
+    seeds = [seed for end in ends for seed in range(end[0], end[-1] + 1)]
     if count is not None and len(seeds) == 1:
         return list(range(seeds[0], seeds[0] + count))
     if count is not None and len(seeds) != count:
@@ -1155,14 +1155,10 @@ def parse_seeds(text: str | None, count: int | None) -> list[int]:
     return seeds
 
 
-def check_ending(path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
-        raise UserError(f"--out {path} is no picture's name; end it in .png, .jpg or .webp, or name a folder")
-
-
 def free_name(stem: Path) -> Path:
     """stem.png, or the first of stem-2.png, stem-3.png … that does not exist."""
-    names = [stem.with_name(f"{stem.name}{end}.png") for end in ("", *(f"-{n}" for n in range(2, 10_000)))]
+    ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    names = (stem.with_name(f"{stem.name}{end}.png") for end in ends)
     return next(name for name in names if not name.exists())
 
 
@@ -1187,38 +1183,34 @@ def positive(text: str) -> int:
 def build_parser() -> Parser:
     parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on photographs and sample full images.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    t = commands.add_parser("train", help="train a model", allow_abbrev=False, formatter_class=formatter)
-    t.add_argument(
-        "--preset", help=f"where the configuration starts: {', '.join(PRESETS)} (default: by device and data)"
+
+    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
+    add = train_parser.add_argument
+    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: by device and data)")
+    add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
+    add("--workers", type=positive, metavar="N", help="processes that decode (default: one per core)")
+    add("--log-every", type=positive, default=100, metavar="N", help="steps between lines (default: 100)")
+    add(
+        "--sample-every",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="steps between pictures (default: 1000)",
     )
-    t.add_argument(
-        "--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)"
+    add(
+        "--save-every",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="steps between checkpoints (default: 1000)",
     )
-    t.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)"
-    )
-    t.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    t.add_argument("--cache", default="cache", metavar="DIR", help="folder of the decoded images")
-    t.add_argument(
-        "--workers", type=positive, metavar="N", help="processes that decode (default: one per core)"
-    )
-    t.add_argument(
-        "--log-every", type=positive, default=100, metavar="STEPS", help="steps between lines of the log"
-    )
-    t.add_argument(
-        "--sample-every", type=positive, default=1000, metavar="STEPS", help="steps between pictures"
-    )
-    t.add_argument(
-        "--save-every", type=positive, default=1000, metavar="STEPS", help="steps between checkpoints"
-    )
-    t.add_argument("--keep", type=positive, default=2, metavar="K", help="newest checkpoints to keep")
-    t.add_argument(
-        "--dry-run", action="store_true", help="print the configuration, layers and memory, and end"
-    )
-    fields = t.add_argument_group(
-        "configuration (the defaults are those of the paper; a preset changes some)"
-    )
+    add("--keep", type=positive, default=2, metavar="K", help="newest checkpoints to keep (default: 2)")
+    add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
+    text = "configuration: the defaults are the paper's where it gives one; presets change some"
+    add = train_parser.add_argument_group(text).add_argument
     for field in dataclasses.fields(Config):
         kind = {"int": int, "float": float, "str": str, "bool": None}[field.type]
         options = (
@@ -1227,31 +1219,26 @@ def build_parser() -> Parser:
             else dict(type=kind, metavar=field.type)
         )
         text = f"{field.metadata['help']} (default: {field.default})"
-        fields.add_argument(
-            flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options
-        )
-    s = commands.add_parser(
-        "sample", help="draw from a trained model", allow_abbrev=False, formatter_class=formatter
-    )
-    s.add_argument(
-        "--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)"
-    )
-    s.add_argument("--count", type=positive, metavar="N", help="how many images (default: 16)")
-    s.add_argument("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
-    s.add_argument(
+        add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
+
+    sample_parser = commands.add_parser("sample", help="draw from a trained model", allow_abbrev=False)
+    add = sample_parser.add_argument
+    add("--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)")
+    add("--count", type=positive, metavar="N", help="how many images (default: 16)")
+    add("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
+    add(
         "--out",
         metavar="FILE|DIR",
         help="a picture, or a folder for one picture a seed (default: in the run)",
     )
-    s.add_argument(
-        "--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does"
-    )
-    s.add_argument("--raw", action="store_true", help="use G's weights themselves, not their running average")
-    s.add_argument("--force", action="store_true", help="replace pictures that exist")
-    s.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    s.add_argument(
+    add("--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does")
+    add("--raw", action="store_true", help="use G's weights themselves, not their running average")
+    add("--force", action="store_true", help="replace pictures that exist")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    add(
         "--batch-size", type=positive, metavar="B", help="images generated at a time (default: by their size)"
     )
+
     parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}
     return parser
 
@@ -1262,7 +1249,7 @@ def nearest(word: str, words) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for a mistake of the user's, or 128 + signal."""
+    """Run a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
     parser = build_parser()
     try:
         args, unknown = parser.parse_known_args(argv)
@@ -1272,6 +1259,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests of coco_gan.py and data.py, in their order: python -m pytest"""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.func import functional_call
 
 import coco_gan
 import data
@@ -55,6 +57,15 @@ def tensors(value, name=""):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
             yield from tensors(inner, f"{name}/{key}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    """A GPU, where there is one, has a test of its own; equality to the bit is promised on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture
@@ -281,26 +292,27 @@ def test_spectral_norm_is_the_largest_singular_value():
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(7, 4), coco_gan.ConditionalBatchNorm(2, 3)
     )
-    vectors = coco_gan.spectral_vectors(net)
-    assert set(vectors) == {"0.weight", "1.weight"}  # no bias, not the maps of γ and β
+    coco_gan.initialise(net)
     for _ in range(200):
-        parameters = coco_gan.spectral_norm(net, vectors, iterate=True)
-    for name in vectors:
-        W = dict(net.named_parameters())[name].flatten(1)
+        parameters = coco_gan.spectral_norm(net, iterate=True)
+    for name in ("0.weight", "1.weight"):
+        W = net.get_parameter(name).flatten(1)
         torch.testing.assert_close(parameters[name].flatten(1), W / torch.linalg.svdvals(W)[0])
-    before = {name: v.clone() for name, v in vectors.items()}
-    coco_gan.spectral_norm(net, vectors, iterate=False)
-    assert all(torch.equal(v, before[name]) for name, v in vectors.items())
+    for name in ("0.bias", "1.bias", "2.weight", "2.bias"):  # no bias, not the maps of γ and β
+        assert parameters[name] is net.get_parameter(name)
+    before = [net[0].v.clone(), net[1].v.clone()]
+    coco_gan.spectral_norm(net, iterate=False)
+    assert torch.equal(net[0].v, before[0]) and torch.equal(net[1].v, before[1])
 
 
 def test_spectral_norm_differentiates_through_sigma():
-    layer = torch.nn.Linear(3, 2, bias=False).double()
-    vectors = {"weight": torch.nn.functional.normalize(torch.randn(3).double(), dim=0)}
+    layer = torch.nn.Linear(3, 2).double()
+    coco_gan.initialise(layer)
+    layer.v = layer.v.double()
 
     def normalised(W):
-        holder = torch.nn.Module()
-        holder.named_parameters = lambda: [("weight", W)]
-        return coco_gan.spectral_norm(holder, vectors, iterate=False)["weight"]
+        layer._parameters["weight"] = W
+        return coco_gan.spectral_norm(torch.nn.Sequential(layer), iterate=False)["0.weight"]
 
     assert torch.autograd.gradcheck(normalised, (layer.weight,))
 
@@ -351,7 +363,7 @@ def new_state_and_batch(config=UNEVEN):
 
 def test_each_step_changes_its_own_networks():
     state, batch = new_state_and_batch()
-    G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
+    G_sn = coco_gan.spectral_norm(state.G, iterate=True)
     s_macro = coco_gan.generate_macro(state, G_sn, batch)
     nets = [[p for p in net.parameters()] for net in (state.G, state.D, state.A)]
 
@@ -367,30 +379,75 @@ def test_each_step_changes_its_own_networks():
     assert sum(G) > 0.8 * len(G) and not any(D) and not any(A)
 
 
-def test_d_learns_to_prefer_real_patches_and_g_to_please_d():
-    config = dataclasses.replace(UNEVEN, batch_size=16, lr_g=3e-3, lr_d=3e-3, precision="fp32")
+def test_gradients_are_those_of_the_objectives():
+    """D, A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s')."""
+    config = dataclasses.replace(UNEVEN, precision="fp32", lambda_gp=3.0, alpha_s=7.0, lr_g=0.01, lr_d=0.02)
     state, batch = new_state_and_batch(config)
-    G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
-    s_macro = coco_gan.generate_macro(state, G_sn, batch).detach()
-    first, *_, last = [coco_gan.discriminator_step(state, batch, s_macro)[0] for _ in range(15)]
-    assert last > first + 0.1
-    losses = []
-    for _ in range(15):
-        G_sn = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=True)
-        losses.append(coco_gan.generator_step(state, batch, coco_gan.generate_macro(state, G_sn, batch)))
-    assert losses[-1][0] < losses[0][0] - 0.1 or losses[-1][1] < losses[0][1] - 0.1
+    assert state.opt_G.param_groups[0]["lr"] == 0.01 and state.opt_D.param_groups[0]["lr"] == 0.02
+    assert len(set(map(tuple, batch.c_macro.tolist()))) > 1
+    state.opt_G.step = state.opt_D.step = lambda: None  # so that both steps see the same weights
+    s_macro = coco_gan.generate_macro(state, coco_gan.spectral_norm(state.G, iterate=False), batch)
+    torch.testing.assert_close(s_macro, G_alone(state, batch))
+    coco_gan.discriminator_step(state, batch, s_macro)
+
+    D_sn, A_sn = (coco_gan.spectral_norm(net, iterate=False) for net in (state.D, state.A))
+
+    def apply(x):
+        return functional_call(state.D, D_sn, (x, batch.c_macro))
+
+    x, s = batch.x_macro, s_macro.detach()
+    s_hat = torch.stack([e * b + (1 - e) * a for a, b, e in zip(x, s, batch.epsilon)]).requires_grad_()
+    slope = torch.autograd.grad(apply(s_hat)[0].sum(), s_hat, create_graph=True)[0]
+    L_GP = sum((slope[b].square().sum().sqrt() - 1) ** 2 for b in range(4)) / 4
+    L_W = apply(x)[0].mean() - apply(s)[0].mean()
+    L_S = ((batch.c_macro - functional_call(state.A, A_sn, (apply(x)[1],))) ** 2).sum(1).mean()
+    parameters = [*state.D.parameters(), *state.A.parameters()]
+    expected = torch.autograd.grad(-L_W + 3 * L_GP + 7 * L_S, parameters, materialize_grads=True)
+    for p, gradient in zip(parameters, expected):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
+
+    state.opt_D.zero_grad()
+    score, h = apply(s_macro)
+    L_S = ((batch.c_macro - functional_call(state.A, A_sn, (h,))) ** 2).sum(1).mean()
+    parameters = list(state.G.parameters())
+    expected = torch.autograd.grad(-score.mean() + 7 * L_S, parameters, retain_graph=True)
+    coco_gan.generator_step(state, batch, s_macro)
+    for p, gradient in zip(parameters, expected):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
+    assert all(p.grad is None for p in state.D.parameters())  # no work for gradients that nobody wants
+
+
+def G_alone(state, batch):
+    """s' put together by hand, all patches of a sample from its one z."""
+    z = torch.stack([batch.z[b] for b in range(4) for _ in range(6)])
+    parameters = coco_gan.spectral_norm(state.G, iterate=False)
+    s_micro = functional_call(state.G, parameters, (z, batch.c_micro))
+    rows = [torch.cat(list(s_micro[k : k + 3]), dim=2) for k in range(0, 24, 3)]
+    return torch.stack([torch.cat(rows[k : k + 2], dim=1) for k in range(0, 8, 2)])
+
+
+def test_a_step_takes_one_power_iteration_of_each_network():
+    state, batch = new_state_and_batch()
+    layers = [m for net in (state.G, state.D, state.A) for m in net.modules() if hasattr(m, "v")]
+    before = [(m.weight.detach().flatten(1).clone(), m.v.clone()) for m in layers]
+    coco_gan.train_step(state, batch)
+    for m, (W, v) in zip(layers, before):
+        torch.testing.assert_close(m.v, torch.nn.functional.normalize(W.T @ (W @ v), dim=0))
 
 
 def test_average_follows_the_weights_as_applied():
     state, batch = new_state_and_batch(dataclasses.replace(UNEVEN, average=0.0))
-    for _ in range(2):
-        coco_gan.train_step(state, batch)
-        raw = dict(state.G.named_buffers())
-        for name, buffer in state.G_average.named_buffers():
-            assert torch.equal(buffer, raw[name])
-    state.config = dataclasses.replace(UNEVEN, average=0.999)
+    for name, p in coco_gan.spectral_norm(state.G, iterate=False).items():
+        assert torch.equal(state.G_average.get_parameter(name), p)  # from the first picture on
+    parameters = coco_gan.spectral_norm(copy.deepcopy(state.G), iterate=True)
+    coco_gan.train_step(state, batch)
+    for name, p in parameters.items():
+        torch.testing.assert_close(state.G_average.get_parameter(name), p)
+    for name, buffer in state.G_average.named_buffers():
+        assert torch.equal(buffer, state.G.get_buffer(name))
+    state.config, state.step = dataclasses.replace(UNEVEN, average=0.999), 2
     old = copy.deepcopy(state.G_average.state_dict())
-    parameters = coco_gan.spectral_norm(state.G, state.vectors["G"], iterate=False)
+    parameters = coco_gan.spectral_norm(state.G, iterate=False)
     coco_gan.update_average(state, parameters)  # after two steps, the decay is (1 + 2) / (10 + 2)
     for name, p in state.G_average.named_parameters():
         torch.testing.assert_close(p, 0.25 * old[name] + 0.75 * parameters[name].detach())
@@ -425,7 +482,7 @@ def test_load_gives_the_average_or_the_weights_themselves(trained):
     assert all(torch.equal(v, contents["G_average"][k]) for k, v in G.state_dict().items())
     raw = coco_gan.load(trained / "checkpoint-000000004.pt", raw=True)
     W = contents["G"]["conv.weight"].flatten(1)
-    expected = W / (W @ contents["vectors"]["G"]["conv.weight"]).norm()
+    expected = W / (W @ contents["G"]["conv.v"]).norm()
     torch.testing.assert_close(raw.conv.weight.flatten(1), expected)
 
 
@@ -474,13 +531,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(copied):
 
 def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     assert coco_gan.main(["train", "--resume", "run"]) == 2
-    assert "run has its 4 steps; give more by --steps" in capsys.readouterr().err
+    assert "run has done 4 steps already; give more by --steps" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--lr-g", "0.5"]) == 2
     assert "--lr-g was 0.0001 in the run to resume and is now 0.5" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--preset", "tiny"]) == 2
     assert "--preset cannot be given with --resume" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run/checkpoint-000000002.pt"]) == 2
-    assert "checkpoint-000000002.pt is not the newest of its run; give run" in capsys.readouterr().err
+    assert (
+        "checkpoint-000000002.pt is not the newest checkpoint of a run; give run" in capsys.readouterr().err
+    )
     Path("photos").mkdir()
     Image.new("RGB", (30, 30), "red").save("photos/red.png")
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--data", "photos"]) == 2
@@ -504,6 +563,7 @@ sys.exit(coco_gan.main(sys.argv[1:]))
 def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
     before = only_checkpoint(copied, step=1)
     code, resume = KILLED_WHILE_SAVING.format(place=place), ["train", "--resume", "run", "--save-every", "1"]
+    resume += ["--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", code, *resume, "--keep", "9"], env=environment)
     assert killed.returncode == -signal.SIGKILL
@@ -521,6 +581,7 @@ def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_say_how_to_go_on(number, copied):
     command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
+    command += ["--device", "cpu"]
     with subprocess.Popen([*command, "--log-every", "1"], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 6 "):
@@ -547,13 +608,103 @@ def test_a_loss_that_is_not_finite_stops_the_run(copied, monkeypatch, capsys):
     assert coco_gan.checkpoints(copied)[-1].name == "checkpoint-000000004.pt"
 
 
-def test_out_of_memory_names_the_batch_size_to_try(copied, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_names_the_batch_size_to_try(error, copied, monkeypatch, capsys):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(coco_gan, "train_step", full)
+    monkeypatch.setattr(coco_gan, "full_image", full)
     assert coco_gan.main(["train", "--resume", "run", "--steps", "9"]) == 2
-    assert "--batch-size 4 does not fit in the memory of cpu; try --batch-size 2" in capsys.readouterr().err
+    text = "--batch-size 4 does not fit in the memory of cpu; try --batch-size 2 in a new run"
+    assert text in capsys.readouterr().err
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--batch-size", "8"]) == 2
+    assert "memory of cpu is full; try --batch-size 4" in capsys.readouterr().err
+
+
+def test_other_errors_of_pytorch_are_not_hidden(copied, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(coco_gan, "train_step", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        coco_gan.main(["train", "--resume", "run", "--steps", "9"])
+
+
+@pytest.mark.parametrize(
+    "place, error",
+    [("os.fsync", OSError(28, "No space left on device")), ("torch.save", RuntimeError("failed writing"))],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(place, error, copied, monkeypatch, capsys):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --run run cannot be written: ") and message.count("\n") == 1
+    assert coco_gan.checkpoints(copied)[-1].name == "checkpoint-000000004.pt" and coco_gan.load("run")
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(copied, monkeypatch, capsys):
+    step = coco_gan.train_step
+
+    def poisons(state, batch):
+        losses = step(state, batch)
+        with torch.no_grad():
+            state.G.conv.bias[0] = float("inf")
+        return losses
+
+    monkeypatch.setattr(coco_gan, "train_step", poisons)
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 2
+    assert "a weight is not finite after step 5; the last good checkpoint" in capsys.readouterr().err
+    assert coco_gan.checkpoints(copied)[-1].name == "checkpoint-000000004.pt"
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(copied, monkeypatch):
+    calls = []
+
+    class SummaryWriter(contextlib.nullcontext):
+        def __init__(self, folder, purge_step):
+            calls.append((folder, purge_step))
+
+        def __enter__(self):
+            return self
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, step))
+
+        def __exit__(self, *error):
+            calls.append("closed")
+
+    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr(coco_gan.importlib.util, "find_spec", lambda name: name == "tensorboard")
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
+    assert calls[0] == ("run", 5) and ("L_GP", 5) in calls and calls[-1] == "closed"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_does_not_wait_for_the_gpu():
+    device = torch.device("cuda")
+    state = coco_gan.new_state(UNEVEN, device)
+    images = torch.randint(0, 256, (6, 16, 24, 3), dtype=torch.uint8, device=device)
+    for mode in ("default", "error"):  # the first step may wait: it sets up Adam and the libraries
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            losses = coco_gan.train_step(
+                state, coco_gan.draw_batch(UNEVEN, images, torch.arange(6), state.rng, device)
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
 
 
 def test_a_run_in_use_is_left_alone(copied, capsys):
@@ -1230,6 +1381,8 @@ def spoil(name):
     contents = torch.load("run/checkpoint-000000004.pt", weights_only=True)
     if name == "short.pt":
         Path(name).write_bytes(whole[: len(whole) // 2])
+    elif name == "alone.pt":
+        Path(name).write_bytes(whole)
     elif name == "empty.pt":
         Path(name).write_bytes(b"")
     elif name == "photo.pt":
@@ -1256,6 +1409,7 @@ BAD_COMMANDS = [
     ("train --log-every 0", "argument --log-every: '0' is no whole number from 1 on"),
     ("train --preset celeba46", "--preset celeba46 is unknown, did you mean celeba64?"),
     ("train --device tpu", "--device tpu is unknown; give auto, cpu"),
+    ("train --device cpu:", "--device cpu: is unknown"),
     ("train --device cuda:99", "--device cuda:99 is not there"),
     ("train --data ./nothing", "--data ./nothing does not exist"),
     ("train --data toy:cats", "--data toy:cats is unknown"),
@@ -1263,10 +1417,13 @@ BAD_COMMANDS = [
     ("train --data file.txt", "--data file.txt"),
     ("train --height 100", "--height 100 is not divisible by --S 8"),
     ("train --holdout 4096", "--holdout 4096 leaves none of 4096 images"),
-    ("train --run run", "--run run holds a run"),
-    ("train --run file.txt/run", "--run file.txt/run cannot be made"),
+    ("train --run run", "--run run is not empty; go on with it by --resume run"),
+    ("train --run empty/..", "--run empty/.. is not empty; name a new or empty folder"),
+    ("train --run file.txt/run", "--run file.txt/run cannot be written"),
     ("train --cache file.txt/cache", "--cache file.txt/cache"),
     ("train --resume nowhere", "--resume nowhere does not exist"),
+    ("train --resume short.pt", "short.pt is no checkpoint that can be loaded"),
+    ("train --resume alone.pt", "--resume alone.pt is not the newest checkpoint of a run"),
     ("train --resume empty", "--resume empty holds no checkpoint"),
     ("train --resume", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
     ("sample", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
@@ -1279,13 +1436,13 @@ BAD_COMMANDS = [
     ("sample --checkpoint pickle.pt", "pickle.pt is no checkpoint that can be loaded: it holds code"),
     ("sample --checkpoint other.pt", "other.pt is not a checkpoint of this program"),
     ("sample --checkpoint huge.pt", "--width-g 1000000000 is out of range"),
-    ("sample --checkpoint field.pt", "field.pt has a configuration that this version cannot use"),
-    ("sample --checkpoint swapped.pt", "swapped.pt is damaged: its G_average does not fit"),
+    ("sample --checkpoint field.pt", "field.pt is damaged, or of another version"),
+    ("sample --checkpoint swapped.pt", "swapped.pt is damaged, or of another version"),
     ("sample --checkpoint run --out picture.txt", "--out picture.txt is no picture's name"),
     ("sample --checkpoint run --out file.txt/a.png", "--out file.txt/a.png cannot be written"),
     ("sample --checkpoint run --out run --patches", "--patches draws one picture"),
-    ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds at 'x'"),
-    ("sample --checkpoint run --seed 6-4", "--seed 6-4 is no list of seeds"),
+    ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds"),
+    ("sample --checkpoint run --seed 6-4", "--seed 6-4 has a range that is empty"),
     ("sample --checkpoint run --seed 1,2 --count 3", "--seed 1,2 lists 2 seeds and --count is 3"),
     ("sample --sead 1", "--sead is unknown, did you mean --seed?"),
 ]
