@@ -114,7 +114,8 @@ class Config:
 
 # Sizes and batches are the paper's and its code's. 150 epochs of CelebA less 50,000 images (table 2) and a
 # million steps of LSUN (appendix E) give the steps; the others are ours, and so are all of `tiny` and `small`.
-CPU = dict(width_g=8, width_d=8, batch_size=16, lr_g=1e-3, lr_d=2e-3, beta2=0.9, alpha_s=1.0, lambda_gp=1.0)
+CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0)
+CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
 PRESETS = {
     "celeba64": dict(batch_size=64, steps=350_000),
     "celeba128": dict(height=128, width=128, S=32, steps=180_000),
@@ -124,7 +125,7 @@ PRESETS = {
     "lsun64": dict(steps=1_000_000),
     "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
     "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
-    "tiny": dict(height=32, width=32, S=8, steps=5_000, **CPU),
+    "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=8_000, **CPU),
 }
 
