@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from coco_gan import (
     Config,
@@ -93,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> None:
     images = load_images(data, config.height, config.width, crop=config.crop, cache=args.cache)
 
     # Which images were held out is known for the set that was trained on, and for no other.
-    if fingerprint_of(images) != read_checkpoint(path, torch.device("cpu"))["images"]:
+    if fingerprint_of(images) != read_checkpoint(path)[0]["images"]:
         kind, holdout, note = "other", 0, "this is another set of images than the run's; no --holdout applies"
     elif config.holdout == 0:
         kind, holdout, note = "training", 0, "training saw the real images, for it had no --holdout"
