@@ -113,7 +113,7 @@ class Config:
 
 
 # Sizes and batches are the paper's and its code's. 150 epochs of CelebA less 50,000 images (table 2) and a
-# million steps of LSUN (appendix E) give the steps; the others are ours, as are `tiny` and `small` as a whole.
+# million steps of LSUN (appendix E) give the steps; the others are ours, and all of `tiny` and `small`.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
 PRESETS = {
