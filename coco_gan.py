@@ -126,7 +126,7 @@ PRESETS = {
     "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
     "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
-    "small": dict(steps=8_000, **CPU),
+    "small": dict(steps=7_500, **CPU),
 }
 
 

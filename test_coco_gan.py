@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import importlib
 import io
 import itertools
 import json
@@ -1502,7 +1503,9 @@ def test_every_field_has_a_flag(here, capsys):
 
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:pip .+ && )?python coco_gan\.py (.+?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^(?:pip .+ && )?python (coco_gan\.py|-m experiments\.\w+) (.+?)(?: +#.*)?$", README, re.MULTILINE
+)
 
 
 def test_the_readme_shows_its_first_command_early():
@@ -1518,13 +1521,16 @@ def test_commands_of_the_readme(here, capsys):
         Image.fromarray(pixels).save(photos / f"{n}.jpg")
     budget = "--steps 2 --batch-size 2 --width-g 2 --width-d 2 --device cpu"
     assert len(COMMANDS) >= 5
-    for number, command in enumerate(COMMANDS):
+    for number, (script, command) in enumerate(COMMANDS):
         words = shlex.split(command)
-        if words[0] == "train" and "--resume" not in words:
+        main = coco_gan.main
+        if script != "coco_gan.py":
+            main = importlib.import_module(script.split()[1]).main
+        elif words[0] == "train" and "--resume" not in words:
             words += budget.split()
         elif "--resume" in words:
             words += ["--steps", str(10 + number)]
-        assert coco_gan.main(words) == 0, command
+        assert main(words) == 0, command
     assert len(list(Path("runs").iterdir())) == 2
 
 
