@@ -172,7 +172,7 @@ def test_mistakes_end_in_one_line(here, capsys, arguments, message):
     error = capsys.readouterr().err
     *progress, error = error.splitlines()  # the photographs may have to be decoded first
     assert error.startswith("error: " + message.format(here=here))
-    assert not [line for line in progress if "decoded" not in line]
+    assert not [line for line in progress if "ready" not in line]
 
 
 def test_metrics_own_errors_are_a_line_too(here, compared, monkeypatch, capsys):
