@@ -201,10 +201,9 @@ def merge_patches(patches: torch.Tensor, rows: int, columns: int) -> torch.Tenso
     (B·rows·columns, C, S, S) -> (B, C, rows·S, columns·S). Source: section 2, "a concatenation function".
     """
     _, C, S, _ = patches.shape
-    grid = patches.reshape(-1, rows, columns, C, S, S).permute(
-        0, 3, 1, 4, 2, 5
-    )  # (B, C, rows, S, columns, S)
-    return grid.reshape(-1, C, rows * S, columns * S)
+    patches = patches.reshape(-1, rows, columns, C, S, S)
+    patches = patches.permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, S, columns, S)
+    return patches.reshape(-1, C, rows * S, columns * S)
 
 
 def crop_patches(images, index, top, left, height: int, width: int) -> torch.Tensor:
@@ -289,9 +288,8 @@ class GeneratorBlock(nn.Module):
     def forward(self, x, condition):  # (B, c_in, h, w) -> (B, c_out, 2h, 2w)
         h = self.conv1(self.up(F.relu(x)))
         h = self.conv2(F.relu(self.cbn(h, condition)))
-        return h + self.up(
-            self.shortcut(x)
-        )  # a 1 x 1 convolution before ×2 gives what it gives after, for a quarter
+        # The figure upscales first; a 1 x 1 convolution gives the same before it, for a quarter of the work.
+        return h + self.up(self.shortcut(x))
 
     def up(self, x):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.upscale == 2 else x
@@ -878,9 +876,8 @@ def full_image(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> 
     c_full = full_matrix(config).to(device)  # (R·K, 2)
     images = []
     for part in z.to(device).split(batch_size or max(1, 2**18 // (config.height * config.width))):
-        s_micro = G(
-            part.repeat_interleave(len(c_full), dim=0), c_full.repeat(len(part), 1)
-        )  # (B·R·K, 3, S, S)
+        z_micro, c_micro = part.repeat_interleave(len(c_full), dim=0), c_full.repeat(len(part), 1)
+        s_micro = G(z_micro, c_micro)  # (B·R·K, 3, S, S)
         images.append(merge_patches(s_micro, config.R, config.K))
     return torch.cat(images)
 
