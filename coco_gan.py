@@ -1136,6 +1136,8 @@ def sample(args: argparse.Namespace) -> int:
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
     """ "0,1,4-6" -> [0, 1, 4, 5, 6]; a single seed goes on for `count` images; without a text 0 … count-1."""
+    if (count or 0) > 10**6:
+        raise UserError(f"--count {count} is out of range; give 1 to {10**6}")
     if text is None:
         return list(range(count or 16))
     if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
@@ -1222,7 +1224,7 @@ def build_parser() -> Parser:
     sample_parser = commands.add_parser("sample", help="draw from a trained model", allow_abbrev=False)
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)")
-    add("--count", type=positive, metavar="N", help="how many images (default: 16)")
+    add("--count", type=positive, metavar="N", help="how many images, from the one --seed on (default: 16)")
     add("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
     add(
         "--out",

@@ -1445,6 +1445,7 @@ BAD_COMMANDS = [
     ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds"),
     ("sample --checkpoint run --seed 6-4", "--seed 6-4 has a range that is empty"),
     ("sample --checkpoint run --seed 1,2 --count 3", "--seed 1,2 lists 2 seeds and --count is 3"),
+    ("sample --checkpoint run --count 1000001", "--count 1000001 is out of range; give 1 to 1000000"),
     ("sample --sead 1", "--sead is unknown, did you mean --seed?"),
 ]
 
