@@ -260,7 +260,8 @@ class ConditionalBatchNorm(nn.Module):
     """o = γ(z, c'') · (i - μ) / σ + β(z, c''), with γ and β linear in the condition (appendix C).
 
     Deviation: the paper says MLPs. One linear map each, not spectrally normalised, as its authors released.
-    γ starts at 1 and β at 0 on average, not for every z and c'': with these, learning is slower and blurs.
+    γ starts at 1 and β at 0 on average, not for every z and c'': from exactly 1 and 0, faces stayed blurred
+    and seamed for longer.
     """
 
     def __init__(self, channels: int, condition: int):
@@ -310,9 +311,7 @@ class Generator(nn.Module):
         while side % 2 == 0 and side >= 4:
             side, ups = side // 2, ups + 1
         depth = max(ups, 3)
-        channels = [
-            config.width_g * max(2 ** (4 - b), 1) for b in range(depth + 1)
-        ]  # 16, 8, 4, 2, 1, 1, … widths
+        channels = [config.width_g * max(16 >> b, 1) for b in range(depth + 1)]  # 16, 8, 4, 2, 1, 1, …
         self.start = (channels[0], side, side)
         self.linear = nn.Linear(condition, math.prod(self.start))
         self.blocks = nn.ModuleList(
