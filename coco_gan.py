@@ -40,6 +40,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -75,15 +76,21 @@ def _field(default, low, high, text):
 
 
 PRECISIONS = ("auto", "fp32", "bf16")
+TOPOLOGIES = {
+    "plane": (False, False),
+    "cylinder": (False, True),
+    "torus": (True, True),
+}  # closed down, across
 
 
 @dataclass(frozen=True)
 class Config:
     height: int = _field(64, 1, 16384, "height of a full image, pixels")
-    width: int = _field(64, 1, 16384, "width of a full image, pixels")
+    width: int = _field(64, 1, 65536, "width of a full image, pixels")
     N: int = _field(2, 1, 256, "micro patches down a macro patch")
     M: int = _field(2, 1, 256, "micro patches across a macro patch")
     S: int = _field(16, 1, 4096, "side of a micro patch, pixels")
+    topology: str = _field("plane", None, None, "plane, cylinder or torus: which borders of an image meet")
     z_dim: int = _field(128, 1, 4096, "values in a latent vector")
     width_g: int = _field(64, 1, 1024, "unit of G's channels: 16, 8, 4, 2, 1, 1, … of them")
     width_d: int = _field(64, 1, 1024, "unit of D's channels: …, 1, 1, 2, 4, 8, 8 of them")
@@ -98,9 +105,10 @@ class Config:
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
     precision: str = _field("auto", None, None, "auto, fp32 or bf16: of what G's and D's layers compute")
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
-    data: str = _field("toy:faces", None, None, "folder or zip of photographs, or toy:faces")
+    data: str = _field("toy:faces", None, None, "folder or zip of photographs, toy:faces or toy:landscapes")
     crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
     mirror: bool = _field(False, None, None, "mirror half of the real images")
+    yaw: bool = _field(False, None, None, "turn each real image at random where its borders meet")
     holdout: int = _field(0, 0, 10**9, "images kept out of training, for evaluation")
 
     @property
@@ -111,9 +119,25 @@ class Config:
     def K(self) -> int:
         return self.width // self.S
 
+    @property
+    def closed(self) -> tuple[bool, bool]:
+        """Whether the image goes on at its top below its bottom, and at its left beyond its right."""
+        return TOPOLOGIES[self.topology]
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """In how many rows and columns a macro patch may begin: all of them where it can wrap round."""
+        down, across = self.closed
+        return self.R if down else self.R - self.N + 1, self.K if across else self.K - self.M + 1
+
+    @property
+    def c_dim(self) -> int:
+        """Values in a coordinate: an angle takes two."""
+        return 2 + sum(self.closed)
+
 
 # Sizes and batches are the paper's and its code's. 150 epochs of CelebA less 50,000 images (table 2) and a
-# million steps of LSUN (appendix E) give the steps; the others are ours, and all of `tiny` and `small`.
+# million steps of LSUN (appendix E) give the steps; the others are ours, and all of the last three presets.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
 PRESETS = {
@@ -125,8 +149,12 @@ PRESETS = {
     "lsun64": dict(steps=1_000_000),
     "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
     "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
+    "panorama": dict(height=256, width=768, S=64, topology="cylinder", data="toy:landscapes"),
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=7_500, **CPU),
+    "panorama-tiny": dict(
+        height=32, width=96, topology="cylinder", data="toy:landscapes", steps=8_000, **CPU
+    ),
 }
 
 
@@ -149,7 +177,7 @@ def check_config(config: Config) -> None:
                 f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
             )
             raise UserError(f"{found}; try --{name} {most} or a smaller --S")
-    for name, allowed in (("precision", PRECISIONS), ("crop", CROPS)):
+    for name, allowed in (("precision", PRECISIONS), ("crop", CROPS), ("topology", TOPOLOGIES)):
         if getattr(config, name) not in allowed:
             raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
 
@@ -159,40 +187,45 @@ def flag(name: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Coordinates (section 2, "Spatial coordinate system"; appendix C, "Coordinate Setup")
+# Coordinates (section 2, "Spatial coordinate system"; section 3.4; appendix C, "Coordinate Setup"). On the
+# plane (y, x); on the cylinder (y, cos θ, sin θ), which meets itself; on the torus both axes are angles.
 # ----------------------------------------------------------------------------------------------------------
 
 
-def coordinate(i: torch.Tensor, count: int) -> torch.Tensor:
-    """Spread positions 0 … count-1 evenly over [-1, 1]; a side with one position is at 0.
+def coordinate(i: torch.Tensor, count: int, closed: bool) -> torch.Tensor:
+    """One axis of a coordinate: positions 0 … count-1 of any shape (…) -> (…, 1), or (…, 2) if it is closed.
 
-    Positions may be fractions or lie outside, and so do their coordinates. Any shape, float32.
+    Open: evenly over [-1, 1], ends included, or 0 where there is one position only. Positions may be
+    fractions or lie outside, and so do their coordinates.
+    Closed: cos θ and sin θ of angles evenly over [-π, π), where position count is position 0 again.
     """
-    return -1 + 2 * i / (count - 1) if count > 1 else torch.zeros(i.shape, device=i.device)
+    if closed:
+        theta = math.pi * (2 * (i % count) / count - 1)
+        return torch.stack([torch.cos(theta), torch.sin(theta)], -1)
+    return (-1 + 2 * i / (count - 1) if count > 1 else torch.zeros(i.shape, device=i.device)).unsqueeze(-1)
 
 
 def micro_coordinates(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """c'' of the micro patches in rows i (0 … R-1) and columns j (0 … K-1): (…), (…) -> (…, 2) as (y, x)."""
-    return torch.stack([coordinate(i, config.R), coordinate(j, config.K)], -1)
+    """c'' of the micro patches in rows i (0 … R-1) and columns j (0 … K-1): (…), (…) -> (…, c_dim)."""
+    down, across = config.closed
+    return torch.cat([coordinate(i, config.R, down), coordinate(j, config.K, across)], -1)
 
 
 def macro_coordinates(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """c' of the macro patches that begin in row i (0 … R-N) and column j (0 … K-M): (…), (…) -> (…, 2)."""
-    return torch.stack([coordinate(i, config.R - config.N + 1), coordinate(j, config.K - config.M + 1)], -1)
+    """c' of the macro patches that begin in row i (0 … R-N) and column j (0 … K-M): (…), (…) -> (…, c_dim).
+
+    On a closed axis they may begin in each of the R rows or K columns, and wrap round.
+    """
+    (rows, columns), (down, across) = config.places, config.closed
+    return torch.cat([coordinate(i, rows, down), coordinate(j, columns, across)], -1)
 
 
 def micro_matrix(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """C'', the micro coordinates inside each macro patch (i, j): (B,), (B,) -> (B·N·M, 2), row by row."""
+    """C'', the micro coordinates inside each macro patch (i, j): (B,), (B,) -> (B·N·M, c_dim), row by row."""
     n, m = torch.meshgrid(torch.arange(config.N), torch.arange(config.M), indexing="ij")
     rows = i.view(-1, 1) + n.flatten()  # (B, N·M)
     columns = j.view(-1, 1) + m.flatten()
     return micro_coordinates(config, rows, columns).flatten(0, 1)
-
-
-def full_matrix(config: Config) -> torch.Tensor:
-    """C''_full, the micro coordinates of a whole image: (R·K, 2), row by row (appendix B, "Testing only")."""
-    i, j = torch.meshgrid(torch.arange(config.R), torch.arange(config.K), indexing="ij")
-    return micro_coordinates(config, i, j).flatten(0, 1)
 
 
 def merge_patches(patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -207,7 +240,7 @@ def merge_patches(patches: torch.Tensor, rows: int, columns: int) -> torch.Tenso
 
 
 def crop_patches(images, index, top, left, height: int, width: int) -> torch.Tensor:
-    """ψ: cut a macro patch out of each of B stored images.
+    """ψ: cut a macro patch out of each of B stored images, round the border where it reaches beyond.
 
     Args: images (n, H, W, 3) uint8; index, top, left (B,) int64, on the device of the images, in pixels.
     Returns: (B, 3, height, width) float32 in [-1, 1], channels last in memory. Only these pixels are read.
@@ -215,7 +248,8 @@ def crop_patches(images, index, top, left, height: int, width: int) -> torch.Ten
     """
     rows = top.view(-1, 1, 1) + torch.arange(height, device=top.device).view(-1, 1)
     columns = left.view(-1, 1, 1) + torch.arange(width, device=top.device)
-    crop = images[index.view(-1, 1, 1), rows, columns]  # (B, height, width, 3)
+    _, H, W, _ = images.shape
+    crop = images[index.view(-1, 1, 1), rows % H, columns % W]  # (B, height, width, 3)
     return crop.permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -306,7 +340,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        condition = config.z_dim + 2
+        condition = config.z_dim + config.c_dim
         side, ups = config.S, 0
         while side % 2 == 0 and side >= 4:
             side, ups = side // 2, ups + 1
@@ -321,7 +355,7 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(channels[-1], 3, 3, padding=1)
         initialise(self)
 
-    def forward(self, z, c_micro):  # (B, z_dim), (B, 2) -> (B, 3, S, S) in [-1, 1]
+    def forward(self, z, c_micro):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]
         condition = torch.cat([z, c_micro], dim=1)
         x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -369,10 +403,10 @@ class Discriminator(nn.Module):
             for b in range(pools + 1)
         )
         self.linear = nn.Linear(last, 1)
-        self.projection = nn.Linear(2, last)
+        self.projection = nn.Linear(config.c_dim, last)
         initialise(self)
 
-    def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, 2) -> (B,), (B, 8 · width_d)
+    def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, c_dim) -> (B,), (B, 8 · width_d)
         for block in self.blocks:
             x = block(x)
         # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. h and the
@@ -446,7 +480,7 @@ class State:
 def new_state(config: Config, device: torch.device) -> State:
     torch.manual_seed(config.seed)
     G, D = Generator(config), Discriminator(config)
-    A = Head(D.linear.in_features, 2)
+    A = Head(D.linear.in_features, config.c_dim)
     G_average = normalised_for_good(copy.deepcopy(G)).requires_grad_(False).eval()
     for net in (G, G_average, D, A):
         net.to(device)
@@ -468,8 +502,8 @@ def normalised_for_good(net: nn.Module) -> nn.Module:
 @dataclass
 class Batch:
     x_macro: torch.Tensor  # (B, 3, N·S, M·S) float32
-    c_macro: torch.Tensor  # (B, 2), of the real and of the generated macro patches alike
-    c_micro: torch.Tensor  # (B·N·M, 2)
+    c_macro: torch.Tensor  # (B, c_dim), of the real and of the generated macro patches alike
+    c_micro: torch.Tensor  # (B·N·M, c_dim)
     z: torch.Tensor  # (B, z_dim)
     epsilon: torch.Tensor  # (B,)
 
@@ -493,8 +527,7 @@ def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng,
     """
     B = config.batch_size
     index = numbers[torch.randint(len(numbers), (B,), generator=rng)]
-    i = torch.randint(config.R - config.N + 1, (B,), generator=rng)
-    j = torch.randint(config.K - config.M + 1, (B,), generator=rng)
+    i, j = (torch.randint(count, (B,), generator=rng) for count in config.places)
     z = latent(B, config.z_dim, rng)
     epsilon = torch.rand(B, generator=rng)
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
@@ -502,6 +535,10 @@ def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng,
     height, width = config.N * config.S, config.M * config.S
     top, left = i * config.S, j * config.S
     left = torch.where(mirror, config.width - width - left, left)  # where it lies before it is mirrored
+    if config.yaw:
+        down, across = config.closed
+        top = top + torch.randint(config.height, (B,), generator=rng) * down
+        left = left + torch.randint(config.width, (B,), generator=rng) * across
     place = [move(t, images.device) for t in (index, top, left)]
     x_macro = move(crop_patches(images, *place, height, width), device)
     x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
@@ -597,6 +634,7 @@ def mixed_precision(state: State) -> torch.autocast:
 
 FORMAT = "coco-gan checkpoint 1"
 STATEFUL = ("G", "G_average", "D", "A", "opt_G", "opt_D")
+ASSETS = Path(__file__).parent / "assets"
 
 
 @contextlib.contextmanager
@@ -644,13 +682,23 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoint-*.pt"))
 
 
-def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> Path:
-    """A checkpoint file as given, or the newest in a run folder, or the newest under runs/."""
+def find_checkpoint(where: str | Path | None, command: str = "--checkpoint", panorama: bool = False) -> Path:
+    """A checkpoint file as given, or the newest in a run folder, or (None) the newest under runs/.
+
+    panorama: of a run on a cylinder. To sample from, there is always one that comes with this program.
+    """
     if where is None:
-        newest = [paths[-1] for paths in map(checkpoints, Path("runs").glob("*")) if paths]
-        if not newest:
-            raise UserError("there is no checkpoint under runs/; train one with: python coco_gan.py train")
-        return max(newest, key=lambda path: path.stat().st_mtime)
+        runs = [run for run in Path("runs").glob("*") if not panorama or on_a_cylinder(run)]
+        newest = [paths[-1] for paths in map(checkpoints, runs) if paths]
+        if newest:
+            return max(newest, key=lambda path: path.stat().st_mtime)
+        kind, option = ("panorama ", " --panorama") if panorama else ("", "")
+        none = f"there is no {kind}checkpoint under runs/"
+        shipped = ASSETS / ("toy_landscapes.pt" if panorama else "toy_faces.pt")
+        if command == "--resume" or not shipped.exists():
+            raise UserError(f"{none}; train one with: python coco_gan.py train{option}")
+        print(f"{none}; this is {shipped.name}, which comes with the program", file=sys.stderr)
+        return shipped
     path = Path(where)
     if path.is_dir():
         if not checkpoints(path):
@@ -659,6 +707,14 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint") -> 
     if not path.is_file():
         raise UserError(f"{command} {where} does not exist; give a checkpoint file or a run folder")
     return path
+
+
+def on_a_cylinder(run: Path) -> bool:
+    """As config.json says, which is shorter to read than a checkpoint; False where there is none to read."""
+    try:
+        return json.loads((run / "config.json").read_text())["topology"] == "cylinder"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
@@ -704,6 +760,8 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
     path = find_checkpoint(checkpoint)
     contents, config = read_checkpoint(path)
     G = Generator(config)
+    if raw and "G" not in contents:
+        raise UserError(f"{path} holds averaged weights only; leave out --raw")
     with fitting(path):
         G.load_state_dict(contents["G" if raw else "G_average"])
     if raw:
@@ -787,23 +845,27 @@ def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
     return losses.mean(dim=0)
 
 
-def log(state: State, means: torch.Tensor, seconds: float, steps: int, run: Path, board) -> None:
+def log(
+    state: State, means: torch.Tensor, variety: float, seconds: float, steps: int, run: Path, board
+) -> None:
     """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
     rate = steps / seconds
     left = (state.config.steps - state.step) / rate
     entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
     entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
     entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
+    entry |= dict(azimuth_variety=variety) if state.config.closed[1] else {}
     entry["peak_memory_mb"] = peak_memory(state.device)
     minutes = f"{left // 3600:.0f}h {left // 60 % 60:02.0f}m" if left >= 3600 else f"{left / 60:.1f} min"
     done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
     losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
     losses += f" generated {entry['L_S_generated']:.3f}"
+    losses += f"  variety {variety:.2f}" if state.config.closed[1] else ""
     print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
-        for name in (*LOSSES, "images_per_second", "peak_memory_mb"):
+        for name in entry.keys() - {"step", "images", "seconds", "seconds_left"}:
             board.add_scalar(name, entry[name], state.step)
 
 
@@ -864,38 +926,142 @@ def latents(seeds, z_dim: int = 128) -> torch.Tensor:
 
 
 @torch.inference_mode()
+def micro_patches(G: Generator, z: torch.Tensor, i, j, batch_size: int | None = None) -> torch.Tensor:
+    """s'' = G(z, c''): n micro patches in rows i and columns j, each with its own latent vector.
+
+    Args: z (n, z_dim) in [-1, 1]; i, j (n,); batch_size: patches at a time (default: 2¹⁸ pixels of them).
+    Returns: (n, 3, S, S) float32 in [-1, 1], on the device of G.
+    """
+    config, device = G.config, next(G.parameters()).device
+    c_micro, at_once = micro_coordinates(config, i, j), batch_size or max(1, 2**18 // config.S**2)
+    parts = zip(z.split(at_once), c_micro.split(at_once))
+    return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
+
+
+def image_row(G: Generator, z: torch.Tensor, i: int, batch_size: int | None = None) -> torch.Tensor:
+    """Row i of the micro patches of full images: (B, z_dim) -> (B, 3, S, width)."""
+    K = G.config.K
+    j = torch.arange(K).repeat(len(z))
+    patches = micro_patches(G, z.repeat_interleave(K, dim=0), torch.full_like(j, i), j, batch_size)
+    return merge_patches(patches, 1, K)
+
+
 def full_image(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """s = φ(G(z, C''_full)): full images, each from the R·K patches of its own latent vector.
 
-    Args: z (B, z_dim) in [-1, 1], any device; batch_size: images at a time (default: 2¹⁸ pixels at a time).
+    Args: z (B, z_dim) in [-1, 1], any device; batch_size: micro patches at a time.
     Returns: (B, 3, height, width) float32 in [-1, 1], on the device of G.
     Source: section 2, "testing phase"; appendix B, "Testing Only".
     """
-    config, device = G.config, next(G.parameters()).device
-    c_full = full_matrix(config).to(device)  # (R·K, 2)
-    images = []
-    for part in z.to(device).split(batch_size or max(1, 2**18 // (config.height * config.width))):
-        z_micro, c_micro = part.repeat_interleave(len(c_full), dim=0), c_full.repeat(len(part), 1)
-        s_micro = G(z_micro, c_micro)  # (B·R·K, 3, S, S)
-        images.append(merge_patches(s_micro, config.R, config.K))
-    return torch.cat(images)
+    return torch.cat([image_row(G, z, i, batch_size) for i in range(G.config.R)], dim=2)
+
+
+class Scene:
+    """A full image of which no part exists before somebody looks at it (section 3.4, "Partial Generation").
+
+    Args: z (1, z_dim) in [-1, 1]. `made` counts the micro patches made so far, each of them once.
+    """
+
+    def __init__(self, G: Generator, z: torch.Tensor, batch_size: int | None = None):
+        self.G, self.z, self.batch_size = G, z, batch_size
+        device, S = next(G.parameters()).device, G.config.S
+        self.patches = torch.empty(
+            0, S, S, 3, dtype=torch.uint8, device=device
+        )  # in the order they were made
+        self.number = torch.full(
+            (G.config.R, G.config.K), -1, device=device
+        )  # of the patch in row i, column j
+
+    @property
+    def made(self) -> int:
+        return len(self.patches)
+
+    def pixels(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The pixels in rows y and columns x of the full image, the same as in `full_image`.
+
+        Args: int64 of any shapes that broadcast to one, (…); on a closed axis any whole numbers.
+        Returns: (…, 3) uint8 on the device of G. Raises: ValueError for a pixel outside an open border.
+        """
+        config, device, inside = self.G.config, self.patches.device, []
+        for name, p, size, closed in (
+            ("rows", y, config.height, config.closed[0]),
+            ("columns", x, config.width, config.closed[1]),
+        ):
+            if not closed and not (0 <= p.min() and p.max() < size):
+                raise ValueError(f"{name} {int(p.min())} to {int(p.max())} are not within 0 to {size - 1}")
+            inside.append(p.to(device) % size)
+        y, x = inside
+        i, j = y // config.S, x // config.S
+        touched = torch.zeros_like(self.number, dtype=torch.bool)
+        touched[i, j] = True
+        rows, columns = (touched & (self.number < 0)).nonzero(as_tuple=True)
+        if len(rows):
+            z = self.z.expand(len(rows), -1)
+            new = micro_patches(self.G, z, rows, columns, self.batch_size)
+            self.number[rows, columns] = torch.arange(self.made, self.made + len(rows), device=device)
+            self.patches = torch.cat([self.patches, quantised(new)])
+        return self.patches[self.number[i, j], y % config.S, x % config.S]
+
+    def viewport(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The rectangle of pixels from (top, left): (height, width, 3) uint8. Raises: as `pixels`."""
+        y, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
+        return self.pixels(y, x).cpu().numpy()
+
+
+def quantised(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded, as NumPy's."""
+    return quantised(images).cpu().numpy()
+
+
+def grid_columns(count: int, height: int, width: int) -> int:
+    """Into how many columns to lay out a picture of so many images, so that it is about a square."""
+    return min(count, max(1, round(math.sqrt(count * height / width))))
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Lay images (B, H, W, 3) uint8 out row by row on white, as square as can be: one picture (h, w, 3)."""
     B, H, W, _ = images.shape
-    columns = columns or min(B, max(1, round(math.sqrt(B * H / W))))
+    columns = columns or grid_columns(B, H, W)
     rows = -(-B // columns)
     picture = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, np.uint8)
     for b, image in enumerate(images):
         top, left = b // columns * (H + gap), b % columns * (W + gap)
         picture[top : top + H, left : left + W] = image
     return picture
+
+
+def strips(G: Generator, z: torch.Tensor, columns: int, turns: int = 1, batch_size: int | None = None):
+    """The `grid` of full images, from top to bottom in strips (h, w, 3) uint8, a row of micro patches each.
+
+    However large an image is, no more of it is in memory. turns: how often an image is repeated along its
+    closed axes.
+    """
+    down, across = (turns if closed else 1 for closed in G.config.closed)
+    for first in range(0, len(z), columns):
+        for i in [*range(G.config.R)] * down:
+            row = np.tile(
+                to_uint8(image_row(G, z[first : first + columns], i, batch_size)), (1, 1, across, 1)
+            )
+            strip = grid(row, columns)  # (S, w, 3)
+            yield strip
+        if first + columns < len(z):
+            yield np.full_like(strip[:2], 255)
+
+
+def azimuth_variety(images: np.ndarray, S: int) -> float:
+    """How much the micro patches of one row of an image differ: the mean absolute difference of two of them.
+
+    Args: images (n, H, W, 3) uint8. It is 0 if G ignores the azimuth; compare with that of real images.
+    """
+    turns = range(S, images.shape[2], S)
+    return float(
+        np.mean([np.abs(x - np.int16(np.roll(x, turn, axis=1))).mean() for x in images for turn in turns])
+    )
 
 
 def figure_3(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> np.ndarray:
@@ -925,6 +1091,43 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def save_png(parts, path: Path) -> None:
+    """Write a picture that comes from top to bottom in parts (h, w, 3) uint8, whole or not at all.
+
+    Pillow would hold all of it in memory. Source: the PNG specification, sections 5, 9 and 11.
+    """
+    temporary, height, above, packer = path.with_name(f".{path.name}"), 0, None, zlib.compressobj()
+
+    def chunk(kind: bytes, data: bytes) -> None:
+        file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+    def header(width: int) -> None:
+        file.seek(0)
+        file.write(b"\x89PNG\r\n\x1a\n")
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))  # 8 bits, RGB, not interlaced
+
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                h, w, _ = part.shape
+                if above is None:
+                    above = np.zeros((1, 3 * w), np.uint8)
+                    header(w)
+                lines = np.concatenate([above, part.reshape(h, 3 * w)])
+                filtered = np.full(
+                    (h, 1 + 3 * w), 2, np.uint8
+                )  # 2: what follows is what the line above lacks
+                np.subtract(lines[1:], lines[:-1], out=filtered[:, 1:])
+                chunk(b"IDAT", packer.compress(filtered.data))
+                height, above = height + h, lines[-1:]
+            chunk(b"IDAT", packer.flush())
+            chunk(b"IEND", b"")
+            header(w)  # again, now that the height is known
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The two commands
 # ----------------------------------------------------------------------------------------------------------
@@ -940,7 +1143,7 @@ def train(args: argparse.Namespace) -> int:
         check_config(config)
         print(f"preset {preset} ({why}), on {device}")
     else:
-        path = find_checkpoint(args.resume or None, "--resume")
+        path = find_checkpoint(args.resume or None, "--resume", args.panorama)
         run, (contents, config) = path.parent, read_checkpoint(path)
         if checkpoints(run)[-1:] != [path]:
             hint = f"give {run}, or copy it, as it is named, to a new folder to branch off"
@@ -948,6 +1151,7 @@ def train(args: argparse.Namespace) -> int:
         config = resumed_config(config, given, args)
         if contents["step"] >= config.steps:
             raise UserError(f"{run} has done {contents['step']} steps already; give more by --steps to go on")
+    check_panorama(args, config, "this run")
     if args.dry_run:
         return dry_run(config)
 
@@ -975,6 +1179,12 @@ def train(args: argparse.Namespace) -> int:
         return train_loop(state, stored, fingerprint, run, args)
 
 
+def check_panorama(args: argparse.Namespace, config: Config, what: str) -> None:
+    if args.panorama and config.topology != "cylinder":
+        text = f"--panorama needs a cylinder, and {what} is on a {config.topology}"
+        raise UserError(f"{text}; leave out --panorama, or what chooses the {config.topology}")
+
+
 def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, args) -> int:
     config, device = state.config, state.device
     numbers, _ = split(len(stored), config.holdout)
@@ -987,15 +1197,19 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
 
-    def show():
-        picture = grid(to_uint8(full_image(state.G_average, z_shown)))
-        save_picture(picture, run / f"sample-{state.step:09d}.png")
+    real_variety = azimuth_variety(stored[numbers[:256].numpy()], config.S) if config.closed[1] else 0
+
+    def show() -> float:
+        """Draw the picture of this step; returns the azimuth variety, 1 when it is as that of real images."""
+        images = to_uint8(full_image(state.G_average, z_shown))
+        save_picture(grid(images), run / f"sample-{state.step:09d}.png")
+        return azimuth_variety(images, config.S) / real_variety if real_variety else math.nan
 
     if state.step == 0:
         batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
         save_picture(grid(to_uint8(batch.x_macro[:64])), run / "real-macro.png")
         save_picture(grid(stored[numbers[:24].numpy()]), run / "real.png")
-        show()
+    variety = show()
     parameters = sum(p.numel() for net in (state.G, state.D, state.A) for p in net.parameters())
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
@@ -1011,10 +1225,10 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             if logging or saving:  # only here a GPU is waited for
                 means = check_finite(torch.stack(losses).cpu().double(), state, run)
                 losses.clear()
-            if logging:
-                log(state, means, time.monotonic() - started, state.step - first, run, board)
             if last or state.step % args.sample_every == 0:
-                show()
+                variety = show()
+            if logging:
+                log(state, means, variety, time.monotonic() - started, state.step - first, run, board)
             if saving:
                 path = save_checkpoint(state, run, fingerprint, args.keep)
             if last:
@@ -1045,6 +1259,12 @@ def choose_preset(args: argparse.Namespace, device: torch.device, data: str) -> 
             hint = nearest(args.preset, PRESETS)
             raise UserError(f"--preset {args.preset} is unknown{hint}; give {', '.join(PRESETS)}")
         return args.preset, "as asked"
+    if args.panorama:
+        name = "panorama-tiny" if device.type == "cpu" else "panorama"
+        return (
+            name,
+            f"that of --panorama on {'a CPU' if device.type == 'cpu' else 'a GPU'}; --preset names another",
+        )
     if device.type != "cpu":
         return "celeba64", "the default on a GPU; --preset names another"
     if data.startswith("toy:"):
@@ -1077,12 +1297,13 @@ def dry_run(config: Config) -> int:
 
     with torch.device("meta"):  # shapes without memory
         nets = dict(G=Generator(config), D=Discriminator(config))
-        nets["A"] = Head(nets["D"].linear.in_features, 2)
+        nets["A"] = Head(nets["D"].linear.in_features, config.c_dim)
         for net_name, net in nets.items():
             for name, module in net.named_modules():
                 module.register_forward_hook(note(f"{net_name}.{name}".rstrip(".")))
-        nets["G"](torch.empty(2, config.z_dim), torch.empty(2, 2))
-        _, h = nets["D"](torch.empty(2, 3, config.N * config.S, config.M * config.S), torch.empty(2, 2))
+        c = torch.empty(2, config.c_dim)
+        nets["G"](torch.empty(2, config.z_dim), c)
+        _, h = nets["D"](torch.empty(2, 3, config.N * config.S, config.M * config.S), c)
         nets["A"](h)
     values = dict.fromkeys(nets, 0)
     for name, kind, output in rows:
@@ -1104,12 +1325,14 @@ def sample(args: argparse.Namespace) -> int:
     """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
     device = choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
-    path = find_checkpoint(args.checkpoint)
-    seeds = parse_seeds(args.seed, args.count)
-    out = Path(args.out) if args.out else free_name(path.with_name(path.stem.replace("checkpoint", "seeds")))
+    path = find_checkpoint(args.checkpoint, panorama=args.panorama)
+    seeds = parse_seeds(args.seed, args.count or (1 if args.panorama and not args.seed else None))
+    beside = Path("runs") if path.parent == ASSETS else path.parent
+    out = Path(args.out) if args.out else free_name(beside / path.stem.replace("checkpoint", "seeds"))
     folder = out.is_dir() or (args.out or "").endswith(("/", os.sep))
-    if folder and args.patches:
-        raise UserError(f"--patches draws one picture; give --out a file, not the folder {out}")
+    if args.patches and (folder or args.viewport or args.turns > 1):
+        other = "--viewport or --turns" if not folder else f"a folder; give --out a file, not {out}"
+        raise UserError(f"--patches draws one picture of its own, and cannot go with {other}")
     if not folder and out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture's name; end it in .png, .jpg or .webp, or name a folder")
     names = [out / f"seed-{seed:06d}.png" for seed in seeds] if folder else [out]
@@ -1117,20 +1340,54 @@ def sample(args: argparse.Namespace) -> int:
     if taken and not args.force:
         raise UserError(f"--out {taken[0]} exists already; name another, or add --force to replace it")
     G = load(path, device, raw=args.raw)
-    z, B = latents(seeds, G.config.z_dim), args.batch_size
+    config, z, B = G.config, latents(seeds, G.config.z_dim), args.batch_size
+    check_panorama(args, config, path)
+    if args.turns > 1 and not any(config.closed):
+        raise UserError(f"--turns {args.turns} repeats images whose borders meet, and {path} is on a plane")
+    window = parse_viewport(args.viewport, config)
+
+    def draw(z: torch.Tensor, name: Path) -> None:
+        columns = grid_columns(
+            len(z), *(window[2:] if window else (config.height, config.width * args.turns))
+        )
+        if args.patches:
+            save_picture(figure_3(G, z, B), name)
+        elif window:
+            scenes = [Scene(G, one, B) for one in z.split(1)]
+            save_picture(grid(np.stack([scene.viewport(*window) for scene in scenes]), columns), name)
+            print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
+        elif name.suffix.lower() == ".png":
+            save_png(strips(G, z, columns, args.turns, B), name)
+        else:
+            save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), name)
+
     with writing("--out", out), memory(f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}"):
         names[0].parent.mkdir(parents=True, exist_ok=True)
-        if args.patches:
-            save_picture(figure_3(G, z, B), out)
-        elif not folder:
-            save_picture(grid(to_uint8(full_image(G, z, B))), out)
-        else:
-            for first in range(0, len(names), 16):
-                images = to_uint8(full_image(G, z[first : first + 16], B))
-                for image, name in zip(images, names[first : first + 16]):
-                    save_picture(image, name)
+        for part, name in zip(z.split(1 if folder else len(z)), names):
+            draw(part, name)
     print(out)
     return 0
+
+
+def parse_viewport(text: str | None, config: Config) -> tuple[int, ...] | None:
+    """ "top,left,height,width" in pixels of the full image; on a plane it lies inside."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,9},-?\d{1,9},\d{1,9},\d{1,9}", text):
+        raise UserError(
+            f"--viewport {text} is no rectangle; give top,left,height,width in pixels, like 0,0,64,64"
+        )
+    top, left, height, width = window = tuple(map(int, text.split(",")))
+    if not 0 < height * width <= 2**26:
+        raise UserError(f"--viewport {text} has {height * width} pixels; give 1 to {2**26}")
+    for first, size, whole, closed, side in (
+        (top, height, config.height, config.closed[0], "rows"),
+        (left, width, config.width, config.closed[1], "columns"),
+    ):
+        if not closed and not 0 <= first <= first + size <= whole:
+            found = f"--viewport {text} reaches {side} {first} to {first + size - 1}"
+            raise UserError(f"{found}; the image has 0 to {whole - 1}, and its borders do not meet there")
+    return window
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
@@ -1186,6 +1443,9 @@ def build_parser() -> Parser:
     train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
     add = train_parser.add_argument
     add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: by device and data)")
+    add(
+        "--panorama", action="store_true", help="train on a cylinder: preset panorama, panorama-tiny on a CPU"
+    )
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
@@ -1223,6 +1483,9 @@ def build_parser() -> Parser:
     sample_parser = commands.add_parser("sample", help="draw from a trained model", allow_abbrev=False)
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)")
+    add(
+        "--panorama", action="store_true", help="take the newest checkpoint of a cylinder, and draw one image"
+    )
     add("--count", type=positive, metavar="N", help="how many images, from the one --seed on (default: 16)")
     add("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
     add(
@@ -1231,12 +1494,16 @@ def build_parser() -> Parser:
         help="a picture, or a folder for one picture a seed (default: in the run)",
     )
     add("--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does")
+    add(
+        "--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet (default: 1)"
+    )
+    add(
+        "--viewport", metavar="TOP,LEFT,HEIGHT,WIDTH", help="generate only this part of the images, in pixels"
+    )
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")
     add("--force", action="store_true", help="replace pictures that exist")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    add(
-        "--batch-size", type=positive, metavar="B", help="images generated at a time (default: by their size)"
-    )
+    add("--batch-size", type=positive, metavar="B", help="micro patches at a time (default: by their size)")
 
     parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}
     return parser

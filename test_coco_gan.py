@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -36,13 +37,15 @@ from coco_gan import Config, UserError
 ROOT = Path(__file__).parent
 # Nothing is square and nothing is equal: rows and columns that are mixed up anywhere show.
 UNEVEN = Config(height=16, width=24, N=2, M=3, S=4, z_dim=8, width_g=2, width_d=2, batch_size=4, steps=4)
+CYLINDER = dataclasses.replace(UNEVEN, topology="cylinder")
+TORUS = dataclasses.replace(UNEVEN, topology="torus")
 CPU = torch.device("cpu")
 
 
 def flags(config):
     """The command line of a configuration, whatever the preset."""
-    words = [[coco_gan.flag(name), str(value)] for name, value in dataclasses.asdict(config).items()]
-    return [word for flag, value in words for word in ([flag, value] if flag != "--mirror" else [])]
+    given = {name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, bool)}
+    return [word for name, value in given.items() for word in (coco_gan.flag(name), str(value))]
 
 
 def picture(path):
@@ -118,6 +121,8 @@ def test_presets_are_valid(name):
         (dict(S="16"), "--S is '16'; it must be of type int"),
         (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, bf16"),
         (dict(crop="centre"), "--crop centre is unknown; give center"),
+        (dict(topology="sphere"), "--topology sphere is unknown; give plane, cylinder, torus"),
+        (dict(topology="cylinder", M=5, width=64), "--width and --S give 4 micro patches; try --M 4"),
     ],
 )
 def test_bad_configurations_are_named(change, message):
@@ -151,8 +156,41 @@ def test_coordinates_of_an_uneven_grid():
     matrix = coco_gan.micro_matrix(UNEVEN, torch.tensor([2]), torch.tensor([1]))
     rows, columns = [1 / 3, 1], [-0.6, -0.2, 0.2]
     torch.testing.assert_close(matrix, torch.tensor(list(itertools.product(rows, columns))))
-    full = coco_gan.full_matrix(UNEVEN)
-    assert full.shape == (24, 2) and full[7].tolist() == pytest.approx([-1 / 3, -0.6])
+
+
+def test_coordinates_of_a_panorama():
+    config = Config(**coco_gan.PRESETS["panorama"])  # 12 angles, 30° apart, of which -180° comes first
+    assert config.places == (3, 12) and config.c_dim == 3
+    j, zero = torch.arange(12), torch.zeros(12, dtype=torch.int64)
+    half, root = 0.5, math.sqrt(3) / 2
+    cos = [-1, -root, -half, 0, half, root, 1, root, half, 0, -half, -root]
+    sin = [0, -half, -root, -1, -root, -half, 0, half, root, 1, root, half]
+    for function in (coco_gan.micro_coordinates, coco_gan.macro_coordinates):
+        y, *angle = function(config, zero, j).T
+        assert y.tolist() == [-1] * 12
+        torch.testing.assert_close(torch.stack(angle), torch.tensor([cos, sin]), atol=1e-6, rtol=0)
+        assert torch.equal(function(config, zero, j + 12), function(config, zero, j))  # round the border
+    i = torch.arange(4)
+    y = coco_gan.micro_coordinates(config, i, i)[:, 0]
+    torch.testing.assert_close(y, torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+    assert coco_gan.macro_coordinates(config, i[:3], i[:3])[:, 0].tolist() == [-1, 0, 1]
+    between = coco_gan.micro_coordinates(config, zero[:1], torch.tensor([7.5]))[0]  # 45°
+    torch.testing.assert_close(between, torch.tensor([-1, math.sqrt(half), math.sqrt(half)]))
+
+
+def test_coordinates_of_a_torus_close_both_ways():
+    assert TORUS.places == (4, 6) and TORUS.c_dim == 4
+    i, j = torch.tensor([0, 1, 5]), torch.tensor([3, 9, 0])
+    c = torch.tensor([[-1, 0, 1, 0], [0, -1, 1, 0], [0, -1, -1, 0]], dtype=torch.float32)
+    for function in (coco_gan.micro_coordinates, coco_gan.macro_coordinates):
+        torch.testing.assert_close(function(TORUS, i, j), c, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("config, rows", [(CYLINDER, (1, 2)), (TORUS, (3, 0))])
+def test_the_last_macro_patch_goes_on_at_the_other_border(config, rows):
+    matrix = coco_gan.micro_matrix(config, torch.tensor([rows[0]]), torch.tensor([5]))
+    i, j = torch.tensor(rows).repeat_interleave(3), torch.tensor([5, 0, 1] * 2)
+    assert torch.equal(matrix, coco_gan.micro_coordinates(config, i, j))
 
 
 def test_coordinates_go_on_outside_and_vanish_where_there_is_no_choice():
@@ -182,6 +220,13 @@ def test_crop_and_merge_are_inverse():
     assert np.array_equal(coco_gan.to_uint8(merged), images[[2, 0]].numpy())
 
 
+def test_crop_goes_on_at_the_other_border():
+    images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+    one, top, left = torch.tensor([1]), torch.tensor([6]), torch.tensor([-2])
+    crop = coco_gan.to_uint8(coco_gan.crop_patches(images, one, top, left, 4, 5))[0]
+    assert np.array_equal(crop, images[1].roll((-6, 2), (0, 1))[:4, :5].numpy())
+
+
 def test_crop_scales_to_the_unit_range():
     images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3)
     zero = torch.zeros(1, dtype=torch.int64)
@@ -208,6 +253,31 @@ def test_batches_are_real_crops_at_their_coordinates(mirror):
     assert seen == set(itertools.product((1, 3), range(3), range(4), flips))
     assert batch.z.shape == (200, 8) and -1 <= batch.z.min() < -0.95 < 0.95 < batch.z.max() <= 1
     torch.testing.assert_close(batch.c_micro.view(200, 6, 2)[:, 0, 0], (batch.c_macro[:, 0] - 0.5) / 1.5)
+
+
+@pytest.mark.parametrize("yaw", [False, True])
+@pytest.mark.parametrize("config", [CYLINDER, TORUS])
+def test_batches_wrap_round_and_are_turned(config, yaw):
+    """Each macro patch is found in the one image, turned by no more than --yaw allows: its pixels differ."""
+    config = dataclasses.replace(config, batch_size=2000, yaw=yaw)
+    stored = torch.arange(16 * 24 * 3).view(1, 16, 24, 3).remainder(251).byte()
+    batch = coco_gan.draw_batch(config, stored, torch.tensor([0]), torch.Generator().manual_seed(0), CPU)
+    places = {
+        bytes(stored[0].roll((-i, -j), (0, 1))[:8, :12].numpy()): (i, j) for i in range(16) for j in range(24)
+    }
+    assert len(places) == 16 * 24
+    tops, lefts = zip(*(places[bytes(x)] for x in coco_gan.to_uint8(batch.x_macro)))
+    down, across = config.closed
+    assert set(tops) == set(range(16)) if yaw and down else set(tops) == set(range(0, 16 if down else 12, 4))
+    assert set(lefts) == set(range(24)) if yaw else set(lefts) == set(range(0, 24, 4))
+    i = torch.tensor(tops)[:, None] // 4, torch.tensor(lefts)[:, None] // 4
+    told = coco_gan.macro_coordinates(config, *i)[:, 0]
+    assert torch.equal(told, batch.c_macro) != yaw  # turned, an image no longer tells where its parts are
+    micro = batch.c_micro.view(2000, 6, -1)[:, 0]
+    if down:
+        assert torch.equal(micro, batch.c_macro)
+    else:
+        assert torch.equal(micro[:, 1:], batch.c_macro[:, 1:])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -779,6 +849,122 @@ def test_sample_takes_the_newest_checkpoint_under_runs(copied, capsys):
     assert coco_gan.find_checkpoint(None) == Path("runs/tiny-001/checkpoint-000000004.pt")
 
 
+def untrained(config, seed=0):
+    torch.manual_seed(seed)
+    return coco_gan.Generator(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("config", [UNEVEN, CYLINDER, TORUS], ids=lambda config: config.topology)
+def test_a_viewport_is_that_part_of_the_full_image(config):
+    G, z = untrained(config), coco_gan.latents([5], 8)
+    (whole,) = coco_gan.to_uint8(coco_gan.full_image(G, z))
+    down, across = config.closed
+    windows = [(0, 0, 16, 24), (5, 7, 3, 2), (15, 23, 1, 1)]
+    windows += [(2, -3, 9, 7), (0, 22, 16, 30), (3, 24 * 9 + 1, 4, 4)] if across else []
+    windows += [(-1, 2, 3, 3), (14, 0, 40, 24)] if down else []
+    for top, left, height, width in windows:
+        view = coco_gan.Scene(G, z).viewport(top, left, height, width)
+        expected = (
+            np.roll(whole, (-top, -left), (0, 1))[:height, :width] if height <= 16 and width <= 24 else None
+        )
+        if expected is None:
+            expected = np.tile(np.roll(whole, (-top, -left), (0, 1)), (3, 2, 1))[:height, :width]
+        assert np.array_equal(view, expected)
+    outside = [] if down else [(-1, 0, 2, 2), (14, 0, 3, 2)]
+    outside += [] if across else [(0, -1, 2, 2), (0, 23, 2, 2)]
+    for window in outside:
+        with pytest.raises(ValueError, match="are not within 0 to (15|23)"):
+            coco_gan.Scene(G, z).viewport(*window)
+
+
+def test_a_scene_makes_only_what_is_new(monkeypatch):
+    made, micro_patches = [], coco_gan.micro_patches
+
+    def note(G, z, i, j, batch_size):
+        made.extend(zip(i.tolist(), j.tolist()))
+        return micro_patches(G, z, i, j, batch_size)
+
+    scene = coco_gan.Scene(untrained(CYLINDER), coco_gan.latents([0], 8))
+    monkeypatch.setattr(coco_gan, "micro_patches", note)
+    scene.viewport(6, -2, 3, 4)  # rows 1 and 2, the last column and the first
+    assert sorted(made) == [(1, 0), (1, 5), (2, 0), (2, 5)] and scene.made == 4
+    scene.viewport(4, 20, 8, 8)  # the same patches, whole
+    assert scene.made == len(made) == 4
+    scene.viewport(4, 2, 1, 4)
+    assert made[4:] == [(1, 1)] and scene.made == 5
+
+
+def test_strips_are_the_grid_of_full_images():
+    for config, turns, times in ((UNEVEN, 1, (1, 1)), (CYLINDER, 2, (1, 2)), (TORUS, 3, (3, 3))):
+        G, z = untrained(config), coco_gan.latents(range(5), 8)
+        images = np.tile(coco_gan.to_uint8(coco_gan.full_image(G, z)), (1, *times, 1))
+        parts = list(coco_gan.strips(G, z, 2, turns))
+        assert max(len(part) for part in parts) == config.S
+        assert np.array_equal(np.concatenate(parts), coco_gan.grid(images, 2))
+
+
+def test_no_more_patches_are_made_at_a_time_than_asked():
+    G, counts = untrained(dataclasses.replace(CYLINDER, height=32, width=64)), []
+    G.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    shapes = [part.shape for part in coco_gan.strips(G, coco_gan.latents([0, 1], 8), 1, batch_size=5)]
+    assert shapes == [(4, 64, 3)] * 8 + [(2, 64, 3)] + [(4, 64, 3)] * 8
+    assert max(counts) == 5 and sum(counts) == 2 * 8 * 16
+
+
+def test_png_in_parts_is_the_picture(here):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 11, 3), dtype=np.uint8)
+    for cuts in ([], [1, 2, 20]):
+        coco_gan.save_png(np.split(pixels, cuts), Path("a.png"))
+        with Image.open("a.png") as image:
+            image.verify()  # the checksums
+        assert np.array_equal(picture("a.png"), pixels)
+
+    def full_disk():
+        yield pixels
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        coco_gan.save_png(full_disk(), Path("b.png"))
+    assert [path.name for path in here.iterdir()] == ["a.png"]
+
+
+def test_azimuth_variety_is_the_difference_of_two_patches():
+    images = np.zeros((1, 2, 6, 3), np.uint8)
+    assert coco_gan.azimuth_variety(images, 2) == 0
+    images[:, :, 2:4] = 30  # of three patches this one differs from the two others, in 4 of 6 ordered pairs
+    assert coco_gan.azimuth_variety(images, 2) == 20
+    assert coco_gan.azimuth_variety(np.tile(images[:, :, 1:3], (1, 1, 3, 1)), 2) == 0
+
+
+def test_panoramas_from_training_to_a_viewport(here, capsys):
+    budget = "--steps 2 --batch-size 2 --width-g 2 --width-d 2 --device cpu --log-every 1".split()
+    assert coco_gan.main(["train", "--panorama", *budget]) == 0
+    run = Path("runs/panorama-tiny-001")
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    assert 0 < line["azimuth_variety"] < 9 and "  variety " in capsys.readouterr().out
+    assert coco_gan.main(["train", "--topology", "torus", *budget]) == 0
+    assert coco_gan.main(["train", *budget]) == 0
+    assert "azimuth_variety" not in (Path("runs/tiny-002") / "log.jsonl").read_text()
+    for number, path in enumerate(Path("runs").glob("*/*.pt")):
+        os.utime(path, (time.time() - 9 * ("panorama" in str(path)),) * 2)  # the panorama is the oldest
+    assert coco_gan.main(["sample", "--panorama", "--turns", "2", "--out", "turns.png"]) == 0
+    (whole,) = coco_gan.to_uint8(coco_gan.full_image(coco_gan.load(run), coco_gan.latents([0])))
+    assert np.array_equal(picture("turns.png"), np.tile(whole, (1, 2, 1)))
+    capsys.readouterr()
+    assert coco_gan.main(["sample", "--panorama", "--viewport", "14,-2,4,3", "--out", "part.png"]) == 0
+    assert capsys.readouterr().out == "4 of 12 micro patches generated\npart.png\n"
+    assert np.array_equal(picture("part.png"), np.roll(whole, 2, axis=1)[14:18, :3])
+    assert (
+        coco_gan.main(
+            ["sample", "--checkpoint", "runs/tiny-001", "--turns", "2", "--seed", "3", "--out", "t.webp"]
+        )
+        == 0
+    )
+    assert picture("t.webp").shape == (64, 64, 3)
+    assert coco_gan.main(["train", "--panorama", "--resume", "--steps", "3", "--device", "cpu"]) == 0
+    assert coco_gan.checkpoints(run)[-1].name == "checkpoint-000000003.pt"
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------
@@ -1328,12 +1514,33 @@ def test_release_pages_frees_memory_and_loses_nothing(load):
 # Toys
 
 
-def test_toys_are_the_same_every_time_and_in_any_number():
-    first = np.concatenate(list(data.toy_faces(70, 32, 32)))
-    assert first.shape == (70, 32, 32, 3) and first.dtype == np.uint8
-    np.testing.assert_array_equal(np.concatenate(list(data.toy_faces(40, 32, 32))), first[:40])
+@pytest.mark.parametrize("toy", data.TOYS.values())
+def test_toys_are_the_same_every_time_and_in_any_number(toy):
+    first = np.concatenate(list(toy(70, 32, 48)))
+    assert first.shape == (70, 32, 48, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(np.concatenate(list(toy(40, 32, 48))), first[:40])
     assert len(np.unique(first.reshape(70, -1), axis=0)) == 70
-    assert (np.concatenate(list(data.toy_faces(40, 32, 32, seed=1))) != first[:40]).any((1, 2, 3)).all()
+    assert (np.concatenate(list(toy(40, 32, 48, seed=1))) != first[:40]).any((1, 2, 3)).all()
+
+
+def test_landscapes_are_the_same_at_every_size_and_close():
+    small, large = (np.concatenate(list(data.toy_landscapes(20, h, 3 * h))) for h in (32, 128))
+    averaged = large.reshape(20, 32, 4, 96, 4, 3).mean((2, 4))
+    assert np.abs(averaged - small).mean() < 3
+    steps = np.abs(large.astype(int) - np.roll(large, 1, axis=2)).mean(
+        (0, 1, 3)
+    )  # of each column to the one left
+    assert steps[0] < 1.5 * np.median(steps)
+
+
+def test_landscapes_differ_on_every_side():
+    images = np.concatenate(list(data.toy_landscapes(100, 32, 96))).astype(float)
+    left, middle, right = (images[:, :, c : c + 24] for c in (12, 36, 60))
+    assert (middle.max((1, 2, 3)) > 240).mean() > 0.95  # the sun
+    assert np.mean(left.max((1, 2)) > middle.max((1, 2))) < 0.1
+    rows = slice(8, 17)  # above the horizon: sky to the left, mountains to the right
+    left, right = (side[:, rows].std(2).mean((1, 2)) for side in (left, right))  # along the horizon
+    assert np.mean(left < right) > 0.9
 
 
 def test_toys_are_the_same_at_every_size():
@@ -1427,7 +1634,32 @@ BAD_COMMANDS = [
     ("train --resume alone.pt", "--resume alone.pt is not the newest checkpoint of a run"),
     ("train --resume empty", "--resume empty holds no checkpoint"),
     ("train --resume", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
-    ("sample", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
+    (
+        "train --resume --panorama",
+        "no panorama checkpoint under runs/; train one with: python coco_gan.py train --p",
+    ),
+    ("train --panorama --preset tiny", "--panorama needs a cylinder, and this run is on a plane"),
+    ("train --panorama --topology torus", "--panorama needs a cylinder, and this run is on a torus"),
+    ("train --panorama --resume run --steps 9", "--panorama needs a cylinder, and this run is on a plane"),
+    (
+        "sample --panorama --checkpoint run",
+        "--panorama needs a cylinder, and run/checkpoint-000000004.pt is on a p",
+    ),
+    ("sample --checkpoint run --turns 2", "--turns 2 repeats images whose borders meet"),
+    (
+        "sample --checkpoint run --viewport 0,0,8",
+        "--viewport 0,0,8 is no rectangle; give top,left,height,width",
+    ),
+    ("sample --checkpoint run --viewport 0,0,0,8", "--viewport 0,0,0,8 has 0 pixels; give 1 to"),
+    (
+        "sample --checkpoint run --viewport 9,0,8,8",
+        "reaches rows 9 to 16; the image has 0 to 15, and its borders",
+    ),
+    (
+        "sample --checkpoint run --viewport 0,-1,8,8",
+        "reaches columns -1 to 6; the image has 0 to 23, and its bord",
+    ),
+    ("sample --checkpoint run --viewport 0,0,9,9 --patches", "--patches draws one picture"),
     ("sample --checkpoint empty", "--checkpoint empty holds no checkpoint"),
     ("sample --checkpoint nowhere.pt", "--checkpoint nowhere.pt does not exist"),
     ("sample --checkpoint short.pt", "short.pt is no checkpoint that can be loaded"),
@@ -1494,7 +1726,7 @@ def test_presets_go_by_device_and_data():
 
 
 def test_every_field_has_a_flag(here, capsys):
-    changed = dict(z_dim=9, seed=3, precision="bf16", average=0.5, data="toy:faces", beta2=0.9)
+    changed = dict(z_dim=9, seed=3, precision="bf16", average=0.5, data="toy:landscapes", topology="torus")
     config = dataclasses.replace(UNEVEN, **changed)
     assert coco_gan.main(["train", "--dry-run", "--device", "cpu", *flags(config)]) == 0
     out = capsys.readouterr().out

@@ -20,6 +20,7 @@ from coco_gan import (
     Config,
     Generator,
     Parser,
+    azimuth_variety,
     choose_device,
     find_checkpoint,
     fingerprint_of,
@@ -31,7 +32,7 @@ from coco_gan import (
     to_uint8,
 )
 from data import UserError, load_images
-from experiments.metrics import channel_statistics, seam_ratio, sliced_wasserstein
+from experiments.metrics import channel_statistics, column_seams, seam_ratio, sliced_wasserstein
 
 RELIABLE_COUNT = 2048
 MOST_IMAGES = 10**6  # of one --seed, so that two of them share no image
@@ -46,7 +47,7 @@ def generate(G: Generator, count: int, seed: int) -> np.ndarray:
     for start in range(0, count, batch_size):
         seeds = range(first + start, first + min(start + batch_size, count))
         z = latents(seeds, G.config.z_dim)
-        images[start : start + batch_size] = to_uint8(full_image(G, z, batch_size))
+        images[start : start + batch_size] = to_uint8(full_image(G, z))
     return images
 
 
@@ -76,7 +77,12 @@ def measure(real: np.ndarray, images: np.ndarray, config: Config, seed: int, dev
     figures = {f"SWD x 1,000, {px} px": value for px, value in distance["levels"].items()}
     figures["SWD x 1,000, mean"] = distance["mean"]
     if config.S > 1 and config.R * config.K > 1:  # else nothing lies inside a patch, or nothing between two
-        figures["seam ratio"] = seam_ratio(real, images, config.S)
+        figures["seam ratio"] = seam_ratio(real, images, config.S, config.closed)
+    if config.closed[1] and config.S > 1 and config.K > 1:
+        *others, ends = column_seams(real, images, config.S)
+        figures |= {"seam ratio, right-left": ends, "seam ratio, columns": float(np.mean(others))}
+        variety = azimuth_variety(images, config.S) / azimuth_variety(real, config.S)
+        figures["azimuth variety"] = variety
     return figures | colours(images)
 
 

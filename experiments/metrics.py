@@ -2,11 +2,12 @@
 
 Every function takes uint8 arrays or memmaps of shape (n, H, W, 3) and reads them a few images at a time:
 
-    from experiments.metrics import channel_statistics, seam_ratio, sliced_wasserstein
+    from experiments.metrics import channel_statistics, column_seams, seam_ratio, sliced_wasserstein
     sliced_wasserstein(real, fake)       # {"levels": {64: ..., 32: ..., 16: ...}, "mean": ..., counts}
     sliced_wasserstein(real, more_real)  # its floor: at a finite count not even real images score 0
     channel_statistics(fake)             # the global colour, which the sliced Wasserstein distance hides
     seam_ratio(real, fake, S=32)         # 1 is seamless
+    column_seams(real, fake, S=32)       # the same for each border of a panorama, left and right included
 
 Shapes: n images of H x W pixels, a chunk of B of them, C = 3 channels, P descriptors (patches) of a set.
 
@@ -220,19 +221,25 @@ def channel_statistics(images):
     return mean, np.sqrt((frequency * (values - mean[:, None]) ** 2).sum(axis=1))
 
 
+def line_steps(images, axis):
+    """Sum the differences of each line (axis 1: row, 2: column) to the next, the last to the first."""
+    steps = np.zeros(images.shape[axis])
+    for chunk in chunks(images):
+        pixels = chunk.astype(np.int16)  # differences of uint8 would wrap round
+        difference = np.abs(np.roll(pixels, -1, axis) - pixels)
+        steps += difference.sum(axis=tuple({0, 1, 2, 3} - {axis}), dtype=np.int64)
+    return steps
+
+
 def border_over_inside(name, images, S, wrap):
     """Divide the differences of neighbouring pixels across borders by those inside micro patches.
 
     Sums, not means: the numbers of pairs are those of the other set, and cancel between the two ratios.
     """
     totals = np.zeros(2)  # [inside, across a border]
-    for axis, size, closed in ((1, images.shape[1], wrap[0]), (2, images.shape[2], wrap[1])):
-        steps = np.zeros(size)  # steps[i]: summed difference of line i and line i + 1; the last one wraps
-        for chunk in chunks(images):
-            pixels = chunk.astype(np.int16)  # differences of uint8 would wrap round
-            difference = np.abs(np.roll(pixels, -1, axis) - pixels)
-            steps += difference.sum(axis=tuple({0, 1, 2, 3} - {axis}), dtype=np.int64)
-        lines = np.arange(size if closed else size - 1)
+    for axis, closed in ((1, wrap[0]), (2, wrap[1])):
+        steps = line_steps(images, axis)
+        lines = np.arange(len(steps) if closed else len(steps) - 1)
         across = (lines + 1) % S == 0
         totals += np.bincount(across, steps[lines], minlength=2)
     if totals[0] == 0:
@@ -271,3 +278,25 @@ def seam_ratio(real, fake, S, wrap=(False, False)):
     if real_ratio == 0:
         raise ValueError("real: no difference between any two pixels across the borders, so no seam ratio")
     return float(border_over_inside("fake", fake, S, wrap) / real_ratio)
+
+
+def column_seams(real, fake, S):
+    """The seam ratio of each border between two columns of micro patches, the last that of right and left.
+
+    As in `seam_ratio`, but of columns only, and each border by itself; a panorama whose ends meet has about
+    the same figure everywhere.
+
+    Args, raises: as of seam_ratio; W at least 2 S.
+    Returns:
+        float64 (W / S,), each 0 or above.
+    """
+    seam_ratio(real, fake, S, (False, True))  # for its checks
+    steps = [
+        line_steps(images, axis=2).reshape(-1, S) for images in (real, fake)
+    ]  # the last of each row: a border
+    of_real, of_fake = (step[:, -1] / step[:, :-1].sum() for step in steps)
+    if of_real.min() == 0:
+        raise ValueError(
+            f"real: no difference across the border after column {S * (of_real.argmin() + 1) - 1}"
+        )
+    return of_fake / of_real

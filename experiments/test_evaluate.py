@@ -9,6 +9,7 @@ from PIL import Image
 
 from coco_gan import (
     Config,
+    azimuth_variety,
     fingerprint_of,
     full_image,
     latents,
@@ -20,6 +21,7 @@ from coco_gan import (
 )
 from data import load_images
 from experiments import evaluate
+from experiments.metrics import column_seams, seam_ratio
 
 PHOTOS, HELD_OUT = 20, 6
 NAMES = ["SWD x 1,000, 32 px", "SWD x 1,000, 16 px", "SWD x 1,000, mean", "seam ratio"]
@@ -179,3 +181,19 @@ def test_metrics_own_errors_are_a_line_too(here, compared, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "generate", lambda G, count, seed: np.zeros((count, 32, 32, 3), np.uint8))
     assert run(here, "--checkpoint", here / "held", "--count", 2) == 2
     assert capsys.readouterr().err.startswith("error: fake: no difference between any two pixels")
+
+
+def test_a_panorama_has_figures_of_its_own(here, tmp_path, capsys):
+    sizes = dict(height=16, width=32, S=8, z_dim=4, width_g=4, width_d=4, topology="cylinder")
+    state = new_state(Config(**sizes, data=str(here / "photos"), crop="squash"), torch.device("cpu"))
+    save_checkpoint(state, tmp_path, "other images", keep=1)
+    assert run(here, "--checkpoint", tmp_path, "--count", 4, "--json", tmp_path / "a.json") == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    images = load_images(str(here / "photos"), 16, 32, crop="squash", cache=here / "cache")
+    (real, more), fake = evaluate.choose_real(images, 0, 4), evaluate.generate(load(tmp_path), 4, 0)
+    for column, shown in (("generated", fake), ("floor", more)):
+        seams, figures = column_seams(real, shown, 8), result[column]
+        assert figures["seam ratio"] == seam_ratio(real, shown, 8, (False, True))
+        assert figures["seam ratio, right-left"] == seams[3]
+        assert figures["seam ratio, columns"] == pytest.approx(seams[:3].mean())
+        assert figures["azimuth variety"] == azimuth_variety(shown, 8) / azimuth_variety(real, 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import metrics
-from experiments.metrics import channel_statistics, seam_ratio, sliced_wasserstein
+from experiments.metrics import channel_statistics, column_seams, seam_ratio, sliced_wasserstein
 
 
 def noise(seed, n, H, W):
@@ -248,3 +248,18 @@ def test_seam_ratio_says_what_is_wrong(real, fake, S, message):
 def test_channel_statistics_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"images must be .*\(2, 16, 16\)"):
         channel_statistics(noise(0, 2, 16, 16)[..., 0])
+
+
+def test_column_seams_tell_the_borders_apart():
+    ramp = np.array([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 39], np.uint8)  # columns, in patches of 4
+    real, fake = (
+        np.broadcast_to(line[None, None, :, None], (3, 8, 12, 3)).copy() for line in (10 + 0 * ramp, ramp)
+    )
+    real[:, :, ::2] = 11  # every step is 1: borders 1, inside 9, of 9
+    # Of fake the borders' steps are 5, 5 and, from 39 back to 0, 39; those inside are 8 of 1 and one of 21.
+    np.testing.assert_allclose(column_seams(real, fake, 4), np.array([5, 5, 39]) / 29 * 9)
+    assert column_seams(fake, fake, 4).tolist() == [1, 1, 1]
+    rolled = np.roll(fake, 4, axis=2)
+    np.testing.assert_allclose(column_seams(real, rolled, 4), np.array([39, 5, 5]) / 29 * 9)
+    with pytest.raises(ValueError, match="no difference across the border after column 3"):
+        column_seams(np.where(np.arange(12)[:, None] == 4, real[:, :, 3:4], real), fake, 4)
