@@ -700,11 +700,11 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint", pan
         print(f"{none}; this is {shipped.name}, which comes with the program", file=sys.stderr)
         return shipped
     path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, it does not raise at a name that is too long
         if not checkpoints(path):
             raise UserError(f"{command} {where} holds no checkpoint; give a run folder like runs/tiny-001")
         return checkpoints(path)[-1]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{command} {where} does not exist; give a checkpoint file or a run folder")
     return path
 
@@ -1087,8 +1087,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def save_picture(picture: np.ndarray, path: Path) -> None:
     """Write a picture (h, w, 3) uint8, whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
-    os.replace(temporary, path)
+    try:
+        Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_png(parts, path: Path) -> None:
@@ -1155,8 +1158,8 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(config)
 
-    size = (config.height, config.width)
-    stored = load_images(config.data, *size, crop=config.crop, cache=args.cache, workers=args.workers or 0)
+    how = dict(crop=config.crop, cache=args.cache, workers=args.workers or 0, panorama=config.closed[1])
+    stored = load_images(config.data, config.height, config.width, **how)
     if config.holdout >= len(stored):
         raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
     fingerprint, new = fingerprint_of(stored), contents is None
@@ -1197,7 +1200,8 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
 
-    real_variety = azimuth_variety(stored[numbers[:256].numpy()], config.S) if config.closed[1] else 0
+    some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
+    real_variety = azimuth_variety(some, config.S) if config.closed[1] else 0
 
     def show() -> float:
         """Draw the picture of this step; returns the azimuth variety, 1 when it is as that of real images."""
@@ -1329,14 +1333,14 @@ def sample(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.seed, args.count or (1 if args.panorama and not args.seed else None))
     beside = Path("runs") if path.parent == ASSETS else path.parent
     out = Path(args.out) if args.out else free_name(beside / path.stem.replace("checkpoint", "seeds"))
-    folder = out.is_dir() or (args.out or "").endswith(("/", os.sep))
+    folder = os.path.isdir(out) or (args.out or "").endswith(("/", os.sep))
     if args.patches and (folder or args.viewport or args.turns > 1):
         other = "--viewport or --turns" if not folder else f"a folder; give --out a file, not {out}"
         raise UserError(f"--patches draws one picture of its own, and cannot go with {other}")
     if not folder and out.suffix.lower() not in PICTURES:
         raise UserError(f"--out {out} is no picture's name; end it in .png, .jpg or .webp, or name a folder")
     names = [out / f"seed-{seed:06d}.png" for seed in seeds] if folder else [out]
-    taken = [name for name in names if name.exists()]
+    taken = [name for name in names if os.path.exists(name)]
     if taken and not args.force:
         raise UserError(f"--out {taken[0]} exists already; name another, or add --force to replace it")
     G = load(path, device, raw=args.raw)

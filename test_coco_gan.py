@@ -965,6 +965,27 @@ def test_panoramas_from_training_to_a_viewport(here, capsys):
     assert coco_gan.checkpoints(run)[-1].name == "checkpoint-000000003.pt"
 
 
+@pytest.mark.parametrize("words, name", [([], "toy_faces"), (["--panorama"], "toy_landscapes")])
+def test_without_a_run_sample_draws_from_the_weights_that_come_along(words, name, here, capsys):
+    assert coco_gan.main(["sample", "--count", "1", "--device", "cpu", *words]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{Path('runs') / name}.png\n" and f"this is {name}.pt, which comes with the program" in err
+    path = coco_gan.ASSETS / f"{name}.pt"
+    contents, config = coco_gan.read_checkpoint(path)
+    assert (
+        path.stat().st_size < 2e6
+        and "G" not in contents
+        and contents["step"] > coco_gan.PRESETS["tiny"]["steps"]
+    )
+    assert config.topology == ("cylinder" if words else "plane")
+    pixels = picture(f"runs/{name}.png").astype(int)
+    real = data.load_images(config.data, config.height, config.width, toy_count=64)
+    assert pixels.shape == real.shape[1:]
+    assert (
+        np.abs(pixels.mean((0, 1)) - real.mean((0, 1, 2))).max() < 80 and pixels.std() > 20
+    )  # not noise, not grey
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------
@@ -1573,6 +1594,259 @@ def test_toys_go_through_the_cache(load, monkeypatch):
         load("toy:faces", 16, 24, toy_count=31)
 
 
+# Panoramas
+
+
+def cube(side):
+    """Front, right, back, left, up and down, in the colours of the directions that they show."""
+    a, b = np.meshgrid((2 * np.arange(side) + 1) / side - 1, 1 - (2 * np.arange(side) + 1) / side)
+    one = np.ones_like(a)
+    faces = [(a, b, one), (one, b, -a), (-a, b, -one), (-one, b, a), (a, one, -b), (a, -one, b)]
+    return [in_colours(np.stack(face, -1)) for face in faces]
+
+
+def cylinder(rows, columns, projection="equirectangular", latitude=60):
+    """The directions, x right, y up, z front, that a panorama shows: (rows, columns, 3)."""
+    height, top = 1 - (2 * np.arange(rows) + 1) / rows, np.radians(latitude)
+    if projection == "mercator":
+        v = 2 * np.arctan(np.exp(height * np.log(np.tan(np.pi / 4 + top / 2)))) - np.pi / 2
+    else:
+        v = height * top
+    u, v = np.meshgrid(((np.arange(columns) + 0.5) / columns - 0.5) * 2 * np.pi, v)
+    return np.stack([np.cos(v) * np.sin(u), np.sin(v), np.cos(v) * np.cos(u)], -1)
+
+
+def in_colours(directions):
+    unit = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+    return np.rint((unit + 1) / 2 * 255).astype(np.uint8)
+
+
+def named(prefix, names, faces, **options):
+    kinds = {"jpg": "JPEG", "png": "PNG", "ebp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
+    return {
+        prefix + name: encode(face, kinds[name.lower()[-3:]], **options)
+        for name, face in zip(names.split(), faces)
+    }
+
+
+def sphere(side):
+    return in_colours(cylinder(side, 2 * side, latitude=90))
+
+
+def checks(rows, columns):
+    return np.repeat((np.indices((rows, columns)).sum(0) % 2 * 255)[..., None], 3, -1).astype(np.uint8)
+
+
+def panoramas(folder):
+    return {path.stem: picture(path) for path in sorted(Path(folder).glob("*.png"))}
+
+
+TOUR = "f.png r.png b.png l.png u.png d.png"
+
+
+@pytest.mark.parametrize("projection, latitude", [("equirectangular", 60), ("mercator", 51.326)])
+def test_panoramas_show_the_directions_of_every_naming(projection, latitude, here, capsys):
+    faces, skybox = cube(128), " ".join(f"skybox{i}_sami.png" for i in (1, 2, 3, 4, 0, 5))
+    files = named("mp/ab_", skybox, faces) | named("mp/cd_", skybox, faces)
+    files |= named("", "pz.png px.PNG NZ.png nx.bmp py.tif Ny.png", faces)
+    files |= named("pos.", "posz.png posx.png negz.png negx.png posy.png negy.png", faces)
+    files |= named("tour_", TOUR.upper(), faces) | named("tour/one/", TOUR, faces)
+    files |= named("", "whole.png stereo_l.png", [sphere(256)] * 2)
+    fill(here / "photos", files)
+    command = ["panorama", "photos", "made", "--size", "128x384", "--projection", projection]
+    assert data.main([*command, "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "8 panoramas made, 0 were there already, 0 skipped, in made\n" in out and "8 of 8" in err
+    assert "python coco_gan.py train --panorama --data made\n" in out
+    made = panoramas("made")
+    assert list(made) == ["mp+ab", "mp+cd", "photos", "pos", "stereo_l", "tour+one", "tour", "whole"]
+    unit = cylinder(128, 384, projection, latitude)
+    for name, pixels in made.items():
+        error = np.abs(pixels / 255 - (unit + 1) / 2)
+        # Half a level of 255 is lost in the source and half in the panorama; a shift by a quarter of a pixel
+        # makes 0.005.
+        assert error.mean() < 0.0013 and error.max() < 1 / 255, name
+
+
+@pytest.mark.parametrize("files", [cube(16), [sphere(16)]], ids=["cube", "sphere"])
+@pytest.mark.parametrize("latitude", [60, 90])
+def test_panoramas_have_no_seams(files, latitude):
+    sources = {str(i): encode(face) for i, face in enumerate(files)}
+    content = data.draw_panorama(sources, 256, 768, "equirectangular", latitude)
+    pixels = picture(io.BytesIO(content)).astype(int)
+    # A colour changes by one level from pixel to pixel, but by eight from one of the sources' to the next.
+    assert np.abs(pixels - in_colours(cylinder(256, 768, latitude=latitude))).max() <= 3
+    assert np.abs(np.diff(pixels, axis=0)).max() <= 3
+    assert np.abs(np.diff(pixels, axis=1, append=pixels[:, :1])).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])  # a JPEG is shrunk as it is read
+@pytest.mark.parametrize("sources", [[(512, 512)] * 6, [(200, 200)] * 6, [(512, 1024)]])
+def test_panoramas_of_checkerboards_are_grey(sources, kind):
+    files = {str(i): encode(checks(*source), kind) for i, source in enumerate(sources)}
+    pixels = picture(io.BytesIO(data.draw_panorama(files, 24, 72, "equirectangular", 60)))
+    assert np.abs(pixels - 127.5).max() < 3
+
+
+@pytest.mark.parametrize("size", [(16, 48), (32, 32), (8, 96)])
+@pytest.mark.parametrize("shape", [(6, 40, 40, 3), (1, 80, 160, 3)])
+def test_panoramas_average_instead_of_picking_pixels(shape, size):
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    files = {str(i): encode(pixels) for i, pixels in enumerate(noise)}
+    rows, columns = size
+    small, large = (
+        picture(io.BytesIO(data.draw_panorama(files, k * rows, k * columns, "equirectangular", 60)))
+        for k in (1, 8)
+    )
+    error = large.reshape(rows, 8, columns, 8, 3).mean((1, 3)) - small
+    assert np.sqrt((error**2).mean()) < 7  # one sample a pixel makes 10 to 60
+
+
+@pytest.mark.parametrize("side", [512, 505])  # 505 pixels are no whole number of JPEG's blocks
+def test_panoramas_of_large_jpegs_are_in_place(side):
+    files = {str(i): encode(face, "JPEG", quality=95) for i, face in enumerate(cube(side))}
+    pixels = picture(io.BytesIO(data.draw_panorama(files, 32, 96, "equirectangular", 60)))
+    assert np.abs(pixels / 255 - (cylinder(32, 96) + 1) / 2).max() < 0.008
+
+
+@pytest.mark.parametrize("source", ["folder", "zip"])
+def test_incomplete_sets_and_other_images_are_skipped_and_named(source, here, capsys):
+    faces, jpegs = cube(64), TOUR.replace("png", "jpg")
+    files = named("good_", jpegs, faces) | named("lacks_", TOUR[:-6], faces) | named("cut_", TOUR, faces)
+    files |= named("odd_", jpegs, faces[:4] + cube(128)[4:5] + faces[5:])
+    files |= named("more_", TOUR + " f.jpg", faces + faces[:1])
+    files |= {"cut_b.png": encode(NOISE)[:-200], "photo.png": encode(NOISE), "half_l.png": encode(NOISE)}
+    make_zip("photos", files) if source == "zip" else fill(here / "photos", files)
+    # So small that the odd JPEG, shrunk as it is read, is no larger than the others.
+    assert data.main(["panorama", "photos", "made", "--size", "8x24", "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert list(panoramas("made")) == ["good"] and "1 panoramas made, 0 were there already, 6 skipped" in out
+    count, *named_ = err[err.index("skipped") :].splitlines()
+    reasons = {"cut_": "'cut_b.png': image file is truncated", "odd_": "'odd_u.jpg' is 128 x 128"}
+    reasons |= {"lacks_": "lacks d", "more_": "two of one face", "half_l.png": "is 32 x 32: neither 2:1 nor"}
+    assert count == "skipped 6 of 7 panoramas:" and len(named_) == 5
+    for name, reason in reasons.items():
+        assert [reason in line for line in named_ if line.startswith(f"  '{name}")] == [True], name
+
+
+def test_panoramas_that_are_there_are_not_made_again(here, capsys):
+    for name in ("a", "b", "c"):
+        fill(here / "photos", named(name, ".png", [sphere(8)]))
+    command = ["panorama", "photos", "made", "--size", "4x12", "--workers", "1"]
+    assert data.main(command) == 0 and "3 panoramas made, 0 were there" in capsys.readouterr().out
+    assert data.main(command) == 0 and "0 panoramas made, 3 were there" in capsys.readouterr().out
+    before = {path.name: path.stat().st_mtime_ns for path in Path("made").iterdir()}
+    Path("made/b.png").unlink()
+    Path("photos/z.png").write_bytes(encode(NOISE))
+    assert data.main(command) == 0 and "1 panoramas made, 2 were there" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in Path("made").iterdir()}
+    assert [name for name in before if before[name] != after[name]] == ["b.png"] and set(before) == set(after)
+    for other in (["--size", "4x16"], ["--projection", "mercator"], ["--latitude", "50"]):
+        assert data.main([*command, *other]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: DST made has panoramas of") and '"columns": 12' in error
+    assert {path.name: path.stat().st_mtime_ns for path in Path("made").iterdir()} == after
+
+
+def test_names_of_panoramas_stay_in_their_folder_and_apart(here, capsys):
+    image = encode(sphere(4))
+    names = ["../../up.png", "/tmp/absolute.png", "C:\\drive.png", ".../x.png", "a/b.png", "a+b.png"]
+    names += ["A/B.png", "a_b.png", "a/b.jpg", "new\nline.png", "x" * 300 + ".png", "é.png", "_.png"]
+    files = dict.fromkeys(names, image) | named("a/b_", TOUR, cube(4)) | named("a/b/", TOUR, cube(4))
+    (here / "inner").mkdir()
+    make_zip("inner/p.zip", files)
+    before = set(here.rglob("*"))
+    assert data.main(["panorama", "inner/p.zip", "inner/made", "--size", "4x12", "--workers", "1"]) == 0
+    assert "15 panoramas made" in capsys.readouterr().out
+    made = [path.relative_to(here / "inner" / "made") for path in set(here.rglob("*")) - before]
+    made = sorted(path.name for path in made if path.suffix == ".png" and path.name == str(path))
+    assert len({name.lower() for name in made}) == 15 and len(set(here.rglob("*")) - before) == 17
+    assert {"up.png", "a_b.png", "a%2Bb.png", "é.png", "p.png", "new%0Aline.png"} < set(made)
+    assert len(data._list_folder("inner/made")) == 15  # hidden ones would be none for training
+
+
+BAD_PANORAMAS = [
+    ("", "the following arguments are required: panorama"),
+    ("panoramas photos made", "invalid choice: 'panoramas'"),
+    ("panorama photos", "the following arguments are required: DST"),
+    ("panorama nowhere made", "SRC nowhere does not exist; give a folder or a zip"),
+    ("panorama file.txt made", "file.txt is no zip that can be read"),
+    ("panorama empty made", "SRC empty holds no panorama; looked for 2:1 images and faces: skybox1_sami"),
+    ("panorama faces made", "(first of 1: 'f.png': is 8 x 8: neither 2:1 nor one of six faces); looked for"),
+    ("panorama photos photos", "DST photos and SRC photos are one"),
+    ("panorama photos photos/../photos/made", "are one, or one is in the other"),
+    ("panorama photos .", "are one, or one is in the other"),
+    ("panorama photos faces", "DST faces holds images from elsewhere"),
+    ("panorama photos file.txt", "DST file.txt: File exists"),
+    ("panorama photos file.txt/made", "DST file.txt/made: Not a directory"),
+    ("panorama photos made --size 256", "--size 256 is no size; give rows x columns"),
+    ("panorama photos made --size 0x768", "--size 0x768 is no size"),
+    ("panorama photos made --size 256x99999", "--size 256x99999 is no size"),
+    ("panorama photos made --latitude 0", "--latitude 0 is out of range"),
+    ("panorama photos made --latitude 90.5", "--latitude 90.5 is out of range"),
+    ("panorama photos made --latitude nan", "--latitude nan is out of range"),
+    ("panorama photos made --latitude 90 --projection mercator", "--latitude 90 is out of range"),
+    ("panorama photos made --latitude high", "argument --latitude: invalid float value: 'high'"),
+    ("panorama photos made --projection flat", "argument --projection: invalid choice: 'flat'"),
+    ("panorama photos made --workers -1", "--workers -1 is out of range"),
+    ("panorama photos made --colour", "unrecognized arguments: --colour"),
+]
+
+
+@pytest.mark.parametrize("command, message", BAD_PANORAMAS, ids=[command for command, _ in BAD_PANORAMAS])
+def test_bad_panorama_commands_end_in_one_line(command, message, here, capsys):
+    fill(here / "photos", {"a.png": encode(sphere(4))})
+    fill(here / "faces", {"f.png": encode(cube(8)[0])})
+    fill(here / "empty", {"notes.txt": b"none"})
+    Path("file.txt").write_text("text")
+    before = sorted(here.rglob("*"))
+    assert data.main(command.split()) == 2
+    out, err = capsys.readouterr()
+    error = "".join(line for line in err.splitlines(keepends=True) if "ready" not in line)
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error and not out
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_full_disk_and_a_dead_worker_are_told(here, monkeypatch, capsys):
+    fill(here / "photos", {"a.png": encode(sphere(4)), "b.png": encode(sphere(4))})
+    command = ["panorama", "photos", "made", "--size", "4x12", "--workers", "1"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert data.main(command) == 2 and "error: DST made: No space left" in capsys.readouterr().err
+    assert [path.name for path in Path("made").iterdir()] == ["panorama.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("true") or shutil.which("whoami"))
+        assert data.main(command) == 2 and "error: one of --workers 1 died" in capsys.readouterr().err
+    assert data.main(command) == 0 and list(panoramas("made")) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C to a process group, as POSIX terminals do")
+def test_ctrl_c_ends_panoramas_quietly(here):
+    fill(here / "photos", {f"{i:03}.png": encode(sphere(4)) for i in range(400)})
+    command = [sys.executable, data.__file__, "panorama", "photos", "made", "--workers", "2"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    while not list(here.glob("made/*.png")):
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGINT)
+    # The workers hold the same stderr: this ends only when they have ended too.
+    assert child.communicate(timeout=20)[1] == "" and child.returncode == 128 + signal.SIGINT
+    assert {path.suffix for path in Path("made").iterdir()} == {".png", ".json"}
+    assert all(pixels.shape == (256, 768, 3) for pixels in panoramas("made").values())
+
+
+def test_py360convert_agrees():
+    second = pytest.importorskip("py360convert")
+    files = {str(i): encode(face) for i, face in enumerate(cube(64))}
+    made = picture(io.BytesIO(data.draw_panorama(files, 128, 256, "equirectangular", 90)))
+    # Its pixels are not seen at their centres, but from border to border: half a pixel off at most.
+    other = second.c2e(cube(64), 128, 256, cube_format="list")
+    assert np.abs(made.astype(float) - other).max() < 6
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------
@@ -1622,6 +1896,10 @@ BAD_COMMANDS = [
     ("train --data ./nothing", "--data ./nothing does not exist"),
     ("train --data toy:cats", "--data toy:cats is unknown"),
     ("train --data empty", "--data empty holds no image"),
+    (
+        "train --panorama --data faces",
+        "--data faces holds faces of cube maps; make panoramas of them by: python data",
+    ),
     ("train --data file.txt", "--data file.txt"),
     ("train --height 100", "--height 100 is not divisible by --S 8"),
     ("train --holdout 4096", "--holdout 4096 leaves none of 4096 images"),
@@ -1673,6 +1951,8 @@ BAD_COMMANDS = [
     ("sample --checkpoint swapped.pt", "swapped.pt is damaged, or of another version"),
     ("sample --checkpoint run --out picture.txt", "--out picture.txt is no picture's name"),
     ("sample --checkpoint run --out file.txt/a.png", "--out file.txt/a.png cannot be written"),
+    (f"sample --checkpoint run --out {'a' * 300}.png", "aaa.png cannot be written"),
+    (f"sample --checkpoint {'a' * 300}", "aaa does not exist"),
     ("sample --checkpoint run --out run --patches", "--patches draws one picture"),
     ("sample --checkpoint run --seed 1,x", "--seed 1,x is no list of seeds"),
     ("sample --checkpoint run --seed 6-4", "--seed 6-4 has a range that is empty"),
@@ -1688,6 +1968,7 @@ BAD_COMMANDS = [
 def test_bad_input_ends_in_one_line(command, message, copied, capsys):
     Path("empty").mkdir()
     Path("file.txt").write_text("text")
+    fill(Path("faces"), {f"{face}.png": encode(COLOURS) for face in "lfrbud"})
     for name in re.findall(r"\w+\.pt", command):
         spoil(name)
     before = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*") if "cache" not in path.parts}
@@ -1737,7 +2018,9 @@ def test_every_field_has_a_flag(here, capsys):
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(
-    r"^(?:pip .+ && )?python (coco_gan\.py|-m experiments\.\w+) (.+?)(?: +#.*)?$", README, re.MULTILINE
+    r"^(?:pip .+ && )?python (coco_gan\.py|data\.py|-m experiments\.\w+) (.+?)(?: +#.*)?$",
+    README,
+    re.MULTILINE,
 )
 
 
@@ -1752,12 +2035,15 @@ def test_commands_of_the_readme(here, capsys):
     for n in range(5):
         pixels = np.random.default_rng(n).integers(0, 256, (218, 178, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{n}.jpg")
+        for face in range(6):
+            Path("matterport").mkdir(exist_ok=True)
+            Image.fromarray(pixels[:64, :64]).save(f"matterport/{n}_skybox{face}_sami.jpg")
     budget = "--steps 2 --batch-size 2 --width-g 2 --width-d 2 --device cpu"
     assert len(COMMANDS) >= 5
     for number, (script, command) in enumerate(COMMANDS):
         words = shlex.split(command)
-        main = coco_gan.main
-        if script != "coco_gan.py":
+        main = {"coco_gan.py": coco_gan.main, "data.py": data.main}.get(script)
+        if main is None:
             main = importlib.import_module(script.split()[1]).main
         elif words[0] == "train" and "--resume" not in words:
             words += budget.split()
@@ -1767,9 +2053,12 @@ def test_commands_of_the_readme(here, capsys):
     assert len(list(Path("runs").iterdir())) == 2
 
 
-def test_python_example_of_the_readme(copied, here):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_python_examples_of_the_readme(copied, here):
+    example, panorama = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     shutil.copytree("run", "runs/tiny-001")
+    shutil.copytree(ROOT / "assets", "assets")
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["images"].shape[1:] == (3, 16, 24)
+    exec(compile(panorama, "README.md", "exec"), names)
+    assert names["part"].shape == (32, 40, 3)
