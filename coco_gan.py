@@ -1004,8 +1004,11 @@ class Scene:
 
     def viewport(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """The rectangle of pixels from (top, left): (height, width, 3) uint8. Raises: as `pixels`."""
-        y, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
-        return self.pixels(y, x).cpu().numpy()
+        rows, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
+        bands = rows.split(
+            max(1, 2**20 // width)
+        )  # or the numbers of the patches take far more than the pixels
+        return np.concatenate([self.pixels(y, x).cpu().numpy() for y in bands])
 
 
 def quantised(images: torch.Tensor) -> torch.Tensor:
@@ -1346,29 +1349,40 @@ def sample(args: argparse.Namespace) -> int:
     G = load(path, device, raw=args.raw)
     config, z, B = G.config, latents(seeds, G.config.z_dim), args.batch_size
     check_panorama(args, config, path)
+    if args.turns > (1 if args.viewport else 100):
+        most = "with --viewport give none" if args.viewport else "give 1 to 100"
+        raise UserError(f"--turns {args.turns} is out of range; {most}")
     if args.turns > 1 and not any(config.closed):
         raise UserError(f"--turns {args.turns} repeats images whose borders meet, and {path} is on a plane")
     window = parse_viewport(args.viewport, config)
 
-    def draw(z: torch.Tensor, name: Path) -> None:
-        columns = grid_columns(
-            len(z), *(window[2:] if window else (config.height, config.width * args.turns))
-        )
-        if args.patches:
-            save_picture(figure_3(G, z, B), name)
-        elif window:
-            scenes = [Scene(G, one, B) for one in z.split(1)]
-            save_picture(grid(np.stack([scene.viewport(*window) for scene in scenes]), columns), name)
-            print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
-        elif name.suffix.lower() == ".png":
-            save_png(strips(G, z, columns, args.turns, B), name)
-        else:
-            save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), name)
+    height, width = window[2:] if window else (config.height, config.width)
+    down, across = (args.turns if closed else 1 for closed in config.closed)
 
+    def draw(z: torch.Tensor, names: list[Path]) -> None:
+        """One picture of all, or one of each."""
+        columns = grid_columns(len(z), height * down, width * across)
+        if args.patches:
+            save_picture(figure_3(G, z, B), names[0])
+        elif window or len(names) > 1:
+            if window:
+                scenes = [Scene(G, one, B) for one in z.split(1)]
+                images = np.stack([scene.viewport(*window) for scene in scenes])
+                print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
+            else:
+                images = np.tile(to_uint8(full_image(G, z, B)), (1, down, across, 1))
+            for picture, name in zip(images if folder else [grid(images, columns)], names):
+                save_picture(picture, name)
+        elif names[0].suffix.lower() == ".png":
+            save_png(strips(G, z, columns, args.turns, B), names[0])
+        else:
+            save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), names[0])
+
+    together = max(1, 2**20 // (height * width)) if folder else len(z)
     with writing("--out", out), memory(f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}"):
         names[0].parent.mkdir(parents=True, exist_ok=True)
-        for part, name in zip(z.split(1 if folder else len(z)), names):
-            draw(part, name)
+        for first in range(0, len(z), together):
+            draw(z[first : first + together], names[first : first + together])
     print(out)
     return 0
 

@@ -692,10 +692,10 @@ def test_out_of_memory_names_the_batch_size_to_try(error, copied, monkeypatch, c
         raise error
 
     monkeypatch.setattr(coco_gan, "train_step", full)
-    monkeypatch.setattr(coco_gan, "full_image", full)
     assert coco_gan.main(["train", "--resume", "run", "--steps", "9"]) == 2
     text = "--batch-size 4 does not fit in the memory of cpu; try --batch-size 2 in a new run"
     assert text in capsys.readouterr().err
+    monkeypatch.setattr(coco_gan, "micro_patches", full)
     assert coco_gan.main(["sample", "--checkpoint", "run", "--batch-size", "8"]) == 2
     assert "memory of cpu is full; try --batch-size 4" in capsys.readouterr().err
 
@@ -810,6 +810,9 @@ def test_sample_draws_what_is_asked(copied, capsys):
     assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2,0-1", "--out", "each/"]) == 0
     assert np.array_equal(picture("each/seed-000002.png"), images[2])
     assert len(list(Path("each").iterdir())) == 3
+    part = ["--viewport", "3,5,2,4", "--out", "parts/"]
+    assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2,0-1", *part]) == 0
+    assert np.array_equal(picture("parts/seed-000000.png"), images[0][3:5, 5:9])
     assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2", "--raw", "--out", "raw.webp"]) == 0
     assert picture("raw.webp").shape == (16, 24, 3)
 
@@ -1924,6 +1927,11 @@ BAD_COMMANDS = [
         "--panorama needs a cylinder, and run/checkpoint-000000004.pt is on a p",
     ),
     ("sample --checkpoint run --turns 2", "--turns 2 repeats images whose borders meet"),
+    (
+        "sample --checkpoint run --turns 2 --viewport 0,0,1,1",
+        "--turns 2 is out of range; with --viewport give none",
+    ),
+    ("sample --checkpoint run --turns 101", "--turns 101 is out of range; give 1 to 100"),
     (
         "sample --checkpoint run --viewport 0,0,8",
         "--viewport 0,0,8 is no rectangle; give top,left,height,width",
