@@ -3,6 +3,7 @@
     python coco_gan.py train                      # toy faces that the project draws, minutes on a CPU
     python coco_gan.py train --data ./celeba      # a folder or a zip of photographs
     python coco_gan.py sample                     # a picture from the newest checkpoint under runs/
+    python coco_gan.py train --panorama           # on a cylinder; sample --panorama draws from it
 
 Source: Lin, Chang, Chen, Juan, Wei, Chen, "COCO-GAN: Generation by Parts via Conditional Coordinating",
 ICCV 2019. Sections, equations, figures and appendices named below are that paper's.
@@ -10,8 +11,8 @@ ICCV 2019. Sections, equations, figures and appendices named below are that pape
 Symbols (appendix B) and how they are spelled here. Order is always (y, x), (height, width), rows first.
 
     z      z            latent vector, uniform on [-1, 1], one for all the patches of an image
-    c''    c_micro      where a micro patch is, in [-1, 1]²
-    c'     c_macro      where a macro patch is, in [-1, 1]²
+    c''    c_micro      where a micro patch is, in [-1, 1]², or [-1, 1]³ on a cylinder
+    c'     c_macro      where a macro patch is, likewise
     s''    s_micro      G(z, c''), a generated micro patch of S x S pixels
     s'     s_macro      φ(S''), a generated macro patch: N x M micro patches side by side
     x'     x_macro      ψ(x, c'), a real macro patch: a crop of the real image x
@@ -177,6 +178,8 @@ def check_config(config: Config) -> None:
                 f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
             )
             raise UserError(f"{found}; try --{name} {most} or a smaller --S")
+    if config.yaw and not any(config.closed):
+        raise UserError("--yaw turns images whose borders meet; give --topology cylinder or torus as well")
     for name, allowed in (("precision", PRECISIONS), ("crop", CROPS), ("topology", TOPOLOGIES)):
         if getattr(config, name) not in allowed:
             raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
@@ -751,7 +754,7 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
 
 
 def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = False) -> Generator:
-    """The generator of a checkpoint file, of a run folder or (None) of the newest run, ready to sample.
+    """The generator of a checkpoint file, of a run folder or (None) as `find_checkpoint` says, to sample.
 
     Args: raw: its weights themselves, instead of their running average.
     Returns: G, in evaluation mode and float32; G.config has its sizes. See `full_image`.
@@ -845,22 +848,20 @@ def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
     return losses.mean(dim=0)
 
 
-def log(
-    state: State, means: torch.Tensor, variety: float, seconds: float, steps: int, run: Path, board
-) -> None:
+def log(state: State, means: torch.Tensor, variety, seconds: float, steps: int, run: Path, board) -> None:
     """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
     rate = steps / seconds
     left = (state.config.steps - state.step) / rate
     entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
     entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
     entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
-    entry |= dict(azimuth_variety=variety) if state.config.closed[1] else {}
+    entry |= {} if variety is None else dict(azimuth_variety=variety)
     entry["peak_memory_mb"] = peak_memory(state.device)
     minutes = f"{left // 3600:.0f}h {left // 60 % 60:02.0f}m" if left >= 3600 else f"{left / 60:.1f} min"
     done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
     losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
     losses += f" generated {entry['L_S_generated']:.3f}"
-    losses += f"  variety {variety:.2f}" if state.config.closed[1] else ""
+    losses += "" if variety is None else f"  variety {variety:.2f}"
     print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -933,7 +934,8 @@ def micro_patches(G: Generator, z: torch.Tensor, i, j, batch_size: int | None = 
     Returns: (n, 3, S, S) float32 in [-1, 1], on the device of G.
     """
     config, device = G.config, next(G.parameters()).device
-    c_micro, at_once = micro_coordinates(config, i, j), batch_size or max(1, 2**18 // config.S**2)
+    c_micro = micro_coordinates(config, i.cpu(), j.cpu())  # the same on every device
+    at_once = batch_size or max(1, 2**18 // config.S**2)
     parts = zip(z.split(at_once), c_micro.split(at_once))
     return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
 
@@ -977,7 +979,9 @@ class Scene:
         return len(self.patches)
 
     def pixels(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The pixels in rows y and columns x of the full image, the same as in `full_image`.
+        """The pixels in rows y and columns x of the full image, those of `full_image` but for its rounding.
+
+        float32 rounds otherwise in batches of another size: some of 10,000 values differ, by one of 255.
 
         Args: int64 of any shapes that broadcast to one, (…); on a closed axis any whole numbers.
         Returns: (…, 3) uint8 on the device of G. Raises: ValueError for a pixel outside an open border.
@@ -1085,11 +1089,14 @@ def figure_3(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> np
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LONGEST_SIDES = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # pixels that they hold
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
     """Write a picture (h, w, 3) uint8, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    temporary, side = path.with_name(f".{path.name}"), max(picture.shape)
+    if side > LONGEST_SIDES.get(path.suffix.lower(), side):
+        raise OSError(f"it would be {side} pixels long, which only .png is made for")
     try:
         Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
         os.replace(temporary, path)
@@ -1151,6 +1158,8 @@ def train(args: argparse.Namespace) -> int:
     else:
         path = find_checkpoint(args.resume or None, "--resume", args.panorama)
         run, (contents, config) = path.parent, read_checkpoint(path)
+        if "G" not in contents:
+            raise UserError(f"--resume {path} holds averaged weights only, which cannot be trained further")
         if checkpoints(run)[-1:] != [path]:
             hint = f"give {run}, or copy it, as it is named, to a new folder to branch off"
             raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
@@ -1176,9 +1185,9 @@ def train(args: argparse.Namespace) -> int:
         if not new and checkpoints(run)[-1] != path:
             raise UserError(f"--run {run} was trained further just now; start this command again")
         state = new_state(config, device)
-        if new:
+        if new or not (run / "config.json").exists():  # a copy of a checkpoint may have come without it
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-        else:
+        if not new:
             restore(state, contents, path)
             forget_log_after(run, state.step)
         del contents
@@ -1204,13 +1213,13 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     z_shown = latents(range(24), config.z_dim)
 
     some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
-    real_variety = azimuth_variety(some, config.S) if config.closed[1] else 0
+    real_variety = azimuth_variety(some, config.S) if config.closed[1] and config.K > 1 else 0
 
-    def show() -> float:
-        """Draw the picture of this step; returns the azimuth variety, 1 when it is as that of real images."""
+    def show() -> float | None:
+        """Draw the picture of this step; returns the azimuth variety, 1 if as that of real images, if any."""
         images = to_uint8(full_image(state.G_average, z_shown))
         save_picture(grid(images), run / f"sample-{state.step:09d}.png")
-        return azimuth_variety(images, config.S) / real_variety if real_variety else math.nan
+        return azimuth_variety(images, config.S) / real_variety if real_variety else None
 
     if state.step == 0:
         batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
@@ -1334,8 +1343,7 @@ def sample(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
     seeds = parse_seeds(args.seed, args.count or (1 if args.panorama and not args.seed else None))
-    beside = Path("runs") if path.parent == ASSETS else path.parent
-    out = Path(args.out) if args.out else free_name(beside / path.stem.replace("checkpoint", "seeds"))
+    out = Path(args.out or free_name(picture_folder(path) / path.stem.replace("checkpoint", "seeds")))
     folder = os.path.isdir(out) or (args.out or "").endswith(("/", os.sep))
     if args.patches and (folder or args.viewport or args.turns > 1):
         other = "--viewport or --turns" if not folder else f"a folder; give --out a file, not {out}"
@@ -1354,7 +1362,7 @@ def sample(args: argparse.Namespace) -> int:
         raise UserError(f"--turns {args.turns} is out of range; {most}")
     if args.turns > 1 and not any(config.closed):
         raise UserError(f"--turns {args.turns} repeats images whose borders meet, and {path} is on a plane")
-    window = parse_viewport(args.viewport, config)
+    window = parse_viewport(args.viewport, config, 1 if folder else len(seeds))
 
     height, width = window[2:] if window else (config.height, config.width)
     down, across = (args.turns if closed else 1 for closed in config.closed)
@@ -1378,8 +1386,11 @@ def sample(args: argparse.Namespace) -> int:
         else:
             save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), names[0])
 
-    together = max(1, 2**20 // (height * width)) if folder else len(z)
-    with writing("--out", out), memory(f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}"):
+    together = max(1, 2**20 // (height * down * width * across)) if folder else len(z)
+    advice = (
+        f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
+    )
+    with writing("--out", out), memory(advice):
         names[0].parent.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(z), together):
             draw(z[first : first + together], names[first : first + together])
@@ -1387,8 +1398,8 @@ def sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_viewport(text: str | None, config: Config) -> tuple[int, ...] | None:
-    """ "top,left,height,width" in pixels of the full image; on a plane it lies inside."""
+def parse_viewport(text: str | None, config: Config, count: int) -> tuple[int, ...] | None:
+    """ "top,left,height,width" in pixels of the full image, for so many images in one picture."""
     if text is None:
         return None
     if not re.fullmatch(r"-?\d{1,9},-?\d{1,9},\d{1,9},\d{1,9}", text):
@@ -1396,8 +1407,9 @@ def parse_viewport(text: str | None, config: Config) -> tuple[int, ...] | None:
             f"--viewport {text} is no rectangle; give top,left,height,width in pixels, like 0,0,64,64"
         )
     top, left, height, width = window = tuple(map(int, text.split(",")))
-    if not 0 < height * width <= 2**26:
-        raise UserError(f"--viewport {text} has {height * width} pixels; give 1 to {2**26}")
+    if not (0 < height <= 65536 and 0 < width <= 65536 and count * height * width <= 2**26):
+        found = f"--viewport {text} is {width} x {height} pixels of {count} images"
+        raise UserError(f"{found}; give 1 to 65536 a side and at most {2**26} in all")
     for first, size, whole, closed, side in (
         (top, height, config.height, config.closed[0], "rows"),
         (left, width, config.width, config.closed[1], "columns"),
@@ -1429,6 +1441,11 @@ def parse_seeds(text: str | None, count: int | None) -> list[int]:
     return seeds
 
 
+def picture_folder(path: Path) -> Path:
+    """Where pictures of a checkpoint go by default: beside it, or to runs/ if it came with the program."""
+    return Path("runs") if path.resolve().parent == ASSETS.resolve() else path.parent
+
+
 def free_name(stem: Path) -> Path:
     """stem.png, or the first of stem-2.png, stem-3.png … that does not exist."""
     ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
@@ -1445,6 +1462,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UserError, so that they are one line like all others."""
 
     def error(self, message):
+        if "expected one argument" in message:
+            message += " (after = where it begins with a minus)"
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -521,6 +521,8 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
 
     Returns: a line that says what was done. Raises: UserError.
     """
+    if not folder:
+        raise UserError("DST is empty; name a folder")
     source, target = os.path.expanduser(source), Path(os.path.expanduser(folder))
     origin, goal = Path(os.path.realpath(source)), Path(os.path.realpath(target))
     if origin == goal or origin in goal.parents or (goal in origin.parents and origin.is_dir()):

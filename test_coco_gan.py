@@ -255,6 +255,23 @@ def test_batches_are_real_crops_at_their_coordinates(mirror):
     torch.testing.assert_close(batch.c_micro.view(200, 6, 2)[:, 0, 0], (batch.c_macro[:, 0] - 0.5) / 1.5)
 
 
+def test_mirrored_batches_wrap_round_as_well():
+    config = dataclasses.replace(CYLINDER, batch_size=200, mirror=True)
+    stored = torch.randint(0, 256, (1, 16, 24, 3), dtype=torch.uint8)
+    batch = coco_gan.draw_batch(config, stored, torch.tensor([0]), torch.Generator().manual_seed(0), CPU)
+    j = torch.arange(6)
+    angles = coco_gan.macro_coordinates(config, 0 * j, j)[:, 1:]
+    seen = set()
+    for x, c in zip(coco_gan.to_uint8(batch.x_macro), batch.c_macro):
+        i, j = round(c[0].item() + 1), (angles - c[1:]).norm(dim=1).argmin().item()
+        whole = [
+            image.roll((-4 * i, -4 * j), (0, 1))[:8, :12].numpy() for image in (stored[0], stored[0].flip(1))
+        ]
+        (flipped,) = [n for n in range(2) if np.array_equal(x, whole[n])]
+        seen.add((i, j, flipped))
+    assert len(seen) == 3 * 6 * 2
+
+
 @pytest.mark.parametrize("yaw", [False, True])
 @pytest.mark.parametrize("config", [CYLINDER, TORUS])
 def test_batches_wrap_round_and_are_turned(config, yaw):
@@ -806,7 +823,7 @@ def test_sample_draws_what_is_asked(copied, capsys):
     G, gap = coco_gan.load("run"), np.full((16, 2, 3), 255, np.uint8)
     images = coco_gan.to_uint8(coco_gan.full_image(G, coco_gan.latents(range(4), 8)))
     row = np.concatenate([images[0], gap, images[1]], axis=1)
-    assert np.array_equal(picture("four.png")[:16], row)
+    assert np.array_equal(picture("four.png")[:16], row) and picture("four.png").shape == (34, 50, 3)
     assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2,0-1", "--out", "each/"]) == 0
     assert np.array_equal(picture("each/seed-000002.png"), images[2])
     assert len(list(Path("each").iterdir())) == 3
@@ -880,6 +897,15 @@ def test_a_viewport_is_that_part_of_the_full_image(config):
             coco_gan.Scene(G, z).viewport(*window)
 
 
+def test_parts_of_wide_networks_differ_by_rounding_only():
+    config = Config(height=32, width=64, topology="cylinder")  # the paper's widths
+    G, z = untrained(config), coco_gan.latents([1], 128)
+    (whole,), scene = coco_gan.to_uint8(coco_gan.full_image(G, z)).astype(int), coco_gan.Scene(G, z)
+    parts = [scene.viewport(16 * i, 16 * j, 16, 16) for i in range(2) for j in range(4)]
+    together = np.concatenate([np.concatenate(parts[:4], 1), np.concatenate(parts[4:], 1)])
+    assert np.abs(whole - together).max() <= 1 and (whole != together).mean() < 0.01
+
+
 def test_a_scene_makes_only_what_is_new(monkeypatch):
     made, micro_patches = [], coco_gan.micro_patches
 
@@ -914,6 +940,25 @@ def test_no_more_patches_are_made_at_a_time_than_asked():
     assert max(counts) == 5 and sum(counts) == 2 * 8 * 16
 
 
+def test_without_a_batch_size_the_patches_have_so_many_pixels():
+    G, counts = untrained(dataclasses.replace(CYLINDER, height=128, width=2048, S=64, z_dim=2)), []
+    G.register_forward_hook(lambda module, inputs, output: counts.append(len(output)))
+    next(coco_gan.strips(G, coco_gan.latents([0, 1, 2], 2), 3))
+    assert counts == [64, 32] and 64 * 64**2 == 2**18  # the first row of three images
+
+
+def test_png_is_written_as_its_parts_come(here):
+    sizes = []
+
+    def parts():
+        for seed in range(4):
+            sizes.append(Path(".long.png").stat().st_size)
+            yield np.random.default_rng(seed).integers(0, 256, (64, 512, 3), dtype=np.uint8)
+
+    coco_gan.save_png(parts(), Path("long.png"))
+    assert np.all(np.diff(sizes[1:]) > 80_000) and picture("long.png").shape == (256, 512, 3)
+
+
 def test_png_in_parts_is_the_picture(here):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 11, 3), dtype=np.uint8)
     for cuts in ([], [1, 2, 20]):
@@ -931,12 +976,35 @@ def test_png_in_parts_is_the_picture(here):
     assert [path.name for path in here.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("name", ["long.webp", "long.jpg"])
+def test_a_picture_too_long_for_its_format_is_not_tried(name, here):
+    with pytest.raises(OSError, match="it would be 70000 pixels long, which only .png is made for"):
+        coco_gan.save_picture(np.zeros((1, 70000, 3), np.uint8), Path(name))
+    assert list(here.iterdir()) == []
+
+
 def test_azimuth_variety_is_the_difference_of_two_patches():
     images = np.zeros((1, 2, 6, 3), np.uint8)
     assert coco_gan.azimuth_variety(images, 2) == 0
     images[:, :, 2:4] = 30  # of three patches this one differs from the two others, in 4 of 6 ordered pairs
     assert coco_gan.azimuth_variety(images, 2) == 20
     assert coco_gan.azimuth_variety(np.tile(images[:, :, 1:3], (1, 1, 3, 1)), 2) == 0
+
+
+def test_one_patch_round_the_cylinder_has_no_variety(here, capsys):
+    sizes = "--height 16 --width 16 --S 16 --N 1 --M 1 --z-dim 2 --width-g 2 --width-d 2 --batch-size 2"
+    command = f"train --topology cylinder {sizes} --steps 1 --log-every 1 --device cpu --run run"
+    assert coco_gan.main(command.split()) == 0
+    assert "variety" not in capsys.readouterr().out + Path("run/log.jsonl").read_text()
+
+
+def test_a_branch_is_found_as_a_panorama_too(here):
+    budget = "--steps 1 --batch-size 2 --width-g 2 --width-d 2 --device cpu".split()
+    assert coco_gan.main(["train", "--panorama", *budget, "--run", "run"]) == 0
+    Path("runs/branch").mkdir(parents=True)
+    shutil.copy(coco_gan.checkpoints(Path("run"))[0], "runs/branch")
+    assert coco_gan.main(["train", "--resume", "runs/branch", "--steps", "2", "--device", "cpu"]) == 0
+    assert coco_gan.find_checkpoint(None, panorama=True).parent == Path("runs/branch")
 
 
 def test_panoramas_from_training_to_a_viewport(here, capsys):
@@ -964,6 +1032,13 @@ def test_panoramas_from_training_to_a_viewport(here, capsys):
         == 0
     )
     assert picture("t.webp").shape == (64, 64, 3)
+    corner = ["--viewport=-1,-1,2,2", "--seed", "3", "--out", "corner.png"]
+    assert coco_gan.main(["sample", "--checkpoint", "runs/tiny-001", *corner]) == 0
+    (tile,) = coco_gan.to_uint8(coco_gan.full_image(coco_gan.load("runs/tiny-001"), coco_gan.latents([3])))
+    assert np.array_equal(picture("corner.png"), tile[[-1, 0]][:, [-1, 0]])  # where its four corners meet
+    many = ["--turns", "3", "--count", "2", "--out", "many/"]
+    assert coco_gan.main(["sample", "--checkpoint", "runs/tiny-001", *many]) == 0
+    assert picture("many/seed-000001.png").shape == (96, 96, 3)
     assert coco_gan.main(["train", "--panorama", "--resume", "--steps", "3", "--device", "cpu"]) == 0
     assert coco_gan.checkpoints(run)[-1].name == "checkpoint-000000003.pt"
 
@@ -1914,6 +1989,11 @@ BAD_COMMANDS = [
     ("train --resume short.pt", "short.pt is no checkpoint that can be loaded"),
     ("train --resume alone.pt", "--resume alone.pt is not the newest checkpoint of a run"),
     ("train --resume empty", "--resume empty holds no checkpoint"),
+    (
+        f"train --resume {coco_gan.ASSETS / 'toy_faces.pt'}",
+        "holds averaged weights only, which cannot be trained",
+    ),
+    ("train --yaw", "--yaw turns images whose borders meet; give --topology cylinder or torus as well"),
     ("train --resume", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
     (
         "train --resume --panorama",
@@ -1936,7 +2016,19 @@ BAD_COMMANDS = [
         "sample --checkpoint run --viewport 0,0,8",
         "--viewport 0,0,8 is no rectangle; give top,left,height,width",
     ),
-    ("sample --checkpoint run --viewport 0,0,0,8", "--viewport 0,0,0,8 has 0 pixels; give 1 to"),
+    ("sample --checkpoint run --viewport 0,0,0,8", "is 8 x 0 pixels of 16 images; give 1 to 65536 a side"),
+    (
+        "sample --checkpoint run --viewport 0,0,1,65537",
+        "is 65537 x 1 pixels of 16 images; give 1 to 65536 a side",
+    ),
+    (
+        "sample --checkpoint run --viewport 0,0,4096,4096",
+        "of 16 images; give 1 to 65536 a side and at most 67108864",
+    ),
+    (
+        "sample --checkpoint run --viewport -1,0,2,2",
+        "expected one argument (after = where it begins with a minus)",
+    ),
     (
         "sample --checkpoint run --viewport 9,0,8,8",
         "reaches rows 9 to 16; the image has 0 to 15, and its borders",
@@ -2058,7 +2150,8 @@ def test_commands_of_the_readme(here, capsys):
         elif "--resume" in words:
             words += ["--steps", str(10 + number)]
         assert main(words) == 0, command
-    assert len(list(Path("runs").iterdir())) == 2
+    runs = [path.name for path in Path("runs").iterdir() if path.is_dir()]
+    assert sorted(runs) == ["panorama-tiny-001", "panorama-tiny-002", "small-001", "tiny-001"]
 
 
 def test_python_examples_of_the_readme(copied, here):

@@ -81,8 +81,8 @@ def measure(real: np.ndarray, images: np.ndarray, config: Config, seed: int, dev
     if config.closed[1] and config.S > 1 and config.K > 1:
         *others, ends = column_seams(real, images, config.S)
         figures |= {"seam ratio, right-left": ends, "seam ratio, columns": float(np.mean(others))}
-        variety = azimuth_variety(images, config.S) / azimuth_variety(real, config.S)
-        figures["azimuth variety"] = variety
+        if real_variety := azimuth_variety(real, config.S):
+            figures["azimuth variety"] = azimuth_variety(images, config.S) / real_variety
     return figures | colours(images)
 
 
@@ -92,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--count {args.count} is out of range; give 2 to {MOST_IMAGES}")
     if not 0 <= args.seed < 10**12:
         raise UserError(f"--seed {args.seed} is out of range; give 0 to {10**12 - 1}")
-    device, path = choose_device(args.device), find_checkpoint(args.checkpoint)
+    device, path = choose_device(args.device), find_checkpoint(args.checkpoint, panorama=args.panorama)
     G = load(path, device, raw=args.raw)
     config, data = G.config, args.data or G.config.data
     images = load_images(data, config.height, config.width, crop=config.crop, cache=args.cache)
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to evaluate (default: the newest under runs/)")
+    add("--panorama", action="store_true", help="take the newest checkpoint of a cylinder")
     add("--data", metavar="PATH", help="real images (default: those that it was trained on)")
     add("--count", type=int, default=2048, metavar="N", help="images of each set (default: 2048)")
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")

@@ -294,6 +294,8 @@ def column_seams(real, fake, S):
     steps = [
         line_steps(images, axis=2).reshape(-1, S) for images in (real, fake)
     ]  # the last of each row: a border
+    if steps[0][:, :-1].sum() == 0 or steps[1][:, :-1].sum() == 0:
+        raise ValueError("real or fake: no difference between any two columns inside the patches")
     of_real, of_fake = (step[:, -1] / step[:, :-1].sum() for step in steps)
     if of_real.min() == 0:
         raise ValueError(

@@ -31,10 +31,19 @@ def test_the_file_samples_as_its_run_does(run, tmp_path, monkeypatch, capsys):
     assert [path.name for path in Path("new").iterdir()] == ["small.pt"]
     for command, message in (
         ("sample --raw --checkpoint new/small.pt", "holds averaged weights only; leave out --raw"),
-        ("train --resume new/small.pt", "is not the newest checkpoint of a run"),
+        ("train --resume new/small.pt", "holds averaged weights only, which cannot be trained"),
     ):
         assert coco_gan.main([*command.split(), "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_panorama_takes_the_newest_run_on_a_cylinder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("a", ["--topology", "cylinder"]), ("b", [])):  # b is newer
+        assert coco_gan.main(["train", *BUDGET, *words, "--run", f"runs/{name}"]) == 0
+    assert export.main(["--out", "b.pt"]) == export.main(["--panorama", "--out", "a.pt"]) == 0
+    topologies = [coco_gan.load(f"{name}.pt").config.topology for name in "ab"]
+    assert topologies == ["cylinder", "plane"]
 
 
 @pytest.mark.parametrize(

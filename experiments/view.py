@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from coco_gan import (
-    ASSETS,
     PICTURES,
     Generator,
     Parser,
@@ -35,6 +34,7 @@ from coco_gan import (
     latents,
     load,
     memory,
+    picture_folder,
     save_picture,
     writing,
 )
@@ -156,9 +156,8 @@ def view(args: argparse.Namespace) -> None:
     (height, width), device = check(args), choose_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=True)
-    beside = Path("runs") if path.parent == ASSETS else path.parent
     flag, endings = ("--pan", (".gif", ".webp")) if args.pan else ("--out", PICTURES)
-    out = Path(args.pan or args.out or free_name(beside / "view"))
+    out = Path(args.pan or args.out or free_name(picture_folder(path) / "view"))
     if out.suffix.lower() not in endings:
         raise UserError(f"{flag} {out} has no known ending; give {', '.join(endings)}")
     if os.path.exists(out) and not args.force:
