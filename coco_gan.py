@@ -1357,9 +1357,10 @@ def sample(args: argparse.Namespace) -> int:
     G = load(path, device, raw=args.raw)
     config, z, B = G.config, latents(seeds, G.config.z_dim), args.batch_size
     check_panorama(args, config, path)
-    if args.turns > (1 if args.viewport else 100):
-        most = "with --viewport give none" if args.viewport else "give 1 to 100"
-        raise UserError(f"--turns {args.turns} is out of range; {most}")
+    if args.turns > 1 and args.viewport:
+        raise UserError("--turns cannot go with --viewport, which wraps round anyway; leave it out")
+    if args.turns > 100:
+        raise UserError(f"--turns {args.turns} is out of range; give 1 to 100")
     if args.turns > 1 and not any(config.closed):
         raise UserError(f"--turns {args.turns} repeats images whose borders meet, and {path} is on a plane")
     window = parse_viewport(args.viewport, config, 1 if folder else len(seeds))
@@ -1390,6 +1391,8 @@ def sample(args: argparse.Namespace) -> int:
     advice = (
         f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
     )
+    if args.checkpoint is None and path.parent != ASSETS:
+        print(f"from {path}", file=sys.stderr)
     with writing("--out", out), memory(advice):
         names[0].parent.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(z), together):

@@ -551,7 +551,7 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
         try:
             before = " ".join(record.read_text(errors="replace").split()) if record.exists() else ""
             if before not in ("", settings):
-                raise UserError(f"DST {folder} has panoramas of {before}; name another, or do the same")
+                raise UserError(f"DST {folder} has panoramas of other settings, {before}; name another")
             if not before and target.is_dir() and _list_folder(str(target)):
                 raise UserError(f"DST {folder} holds images from elsewhere; name a new or empty folder")
             todo = [label for label in places if not (target / places[label][0]).exists()]

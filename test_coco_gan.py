@@ -1021,7 +1021,7 @@ def test_panoramas_from_training_to_a_viewport(here, capsys):
     assert coco_gan.main(["sample", "--panorama", "--turns", "2", "--out", "turns.png"]) == 0
     (whole,) = coco_gan.to_uint8(coco_gan.full_image(coco_gan.load(run), coco_gan.latents([0])))
     assert np.array_equal(picture("turns.png"), np.tile(whole, (1, 2, 1)))
-    capsys.readouterr()
+    assert capsys.readouterr().err.endswith(f"from {run / 'checkpoint-000000002.pt'}\n")
     assert coco_gan.main(["sample", "--panorama", "--viewport", "14,-2,4,3", "--out", "part.png"]) == 0
     assert capsys.readouterr().out == "4 of 12 micro patches generated\npart.png\n"
     assert np.array_equal(picture("part.png"), np.roll(whole, 2, axis=1)[14:18, :3])
@@ -1822,7 +1822,9 @@ def test_panoramas_that_are_there_are_not_made_again(here, capsys):
     for other in (["--size", "4x16"], ["--projection", "mercator"], ["--latitude", "50"]):
         assert data.main([*command, *other]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: DST made has panoramas of") and '"columns": 12' in error
+        assert (
+            error.startswith("error: DST made has panoramas of other settings") and '"columns": 12' in error
+        )
     assert {path.name: path.stat().st_mtime_ns for path in Path("made").iterdir()} == after
 
 
@@ -2009,7 +2011,7 @@ BAD_COMMANDS = [
     ("sample --checkpoint run --turns 2", "--turns 2 repeats images whose borders meet"),
     (
         "sample --checkpoint run --turns 2 --viewport 0,0,1,1",
-        "--turns 2 is out of range; with --viewport give none",
+        "--turns cannot go with --viewport",
     ),
     ("sample --checkpoint run --turns 101", "--turns 101 is out of range; give 1 to 100"),
     (
