@@ -1,10 +1,11 @@
-"""Tests of coco_gan.py and data.py, in their order: python -m pytest"""
+"""Tests of coco_gan.py, data.py and kernels.py, in their order: python -m pytest"""
 
 import contextlib
 import copy
 import dataclasses
 import errno
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -30,8 +32,13 @@ import torch
 from PIL import Image
 from torch.func import functional_call
 
+# Without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import coco_gan
 import data
+import kernels
 from coco_gan import Config, UserError
 
 ROOT = Path(__file__).parent
@@ -1925,6 +1932,563 @@ def test_py360convert_agrees():
     # Its pixels are not seen at their centres, but from border to border: half a pixel off at most.
     other = second.c2e(cube(64), 128, 256, cube_format="list")
     assert np.abs(made.astype(float) - other).max() < 6
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kernels
+# ----------------------------------------------------------------------------------------------------------
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # looked up before on_the_cpu hides it
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+ERROR = {FP32: 1e-5, FP16: 2**-9, BF16: 2**-6}  # the interpreter cuts digits off where a GPU rounds
+triton_only = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+
+def noise(*shape, dtype=FP32, form=None, scale=1.0):
+    x = (scale * torch.randn(shape)).to(GPU, dtype)
+    return x if form is None else x.contiguous(memory_format=form)
+
+
+def norm_inputs(shape, dtype=FP32, dtype_gamma=FP32, form=FIRST):
+    """x, γ, β, the running statistics, and a gradient of the output."""
+    torch.manual_seed(sum(shape))
+    B, C, h, w = shape
+    x, dy = noise(*shape, dtype=dtype, form=form, scale=3), noise(*shape, dtype=dtype, form=form)
+    gamma, beta = noise(B, C, dtype=dtype_gamma), noise(B, C, dtype=dtype_gamma)
+    return x, gamma, beta, noise(C), noise(C).abs() + 0.5, dy
+
+
+def norm_results(impl, x, gamma, beta, mean, var, dy, training=True, relu=True, wide=False):
+    """Output, gradients and running statistics; `wide`: of the same numbers in float64."""
+    *leaves, mean, var, dy = (t.double() if wide else t.detach() for t in (x, gamma, beta, mean, var, dy))
+    leaves, mean, var = [t.requires_grad_() for t in leaves], mean.clone(), var.clone()
+    y = kernels.conditional_batch_norm(*leaves, mean, var, training=training, relu=relu, impl=impl)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy), mean, var]
+
+
+def assert_norm_is_right(inputs, **options):
+    ours, true = (norm_results(i, *inputs, wide=i == "torch", **options) for i in ("triton", "torch"))
+    for name, a, b in zip(("y", "dx", "dgamma", "dbeta", "running_mean", "running_var"), ours, true):
+        error = (a - b).abs().max() / (1 + b.abs().max())  # sums of many values err by parts of the largest
+        assert error < ERROR[a.dtype], f"{name} is wrong by {error}"
+    return ours
+
+
+@triton_only
+@pytest.mark.parametrize("form", [LAST, FIRST])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 4, 1, 1),  # one pixel
+        (1, 5, 3, 2),  # one sample
+        (5, 1, 9, 4),  # one channel, so that both formats are one
+        (3, 65, 5, 7),  # a channel more than a tile has, nothing a power of two
+        (2, 2, 37, 63),  # more positions than a tile has
+    ],
+)
+def test_conditional_batch_norm_kernels(shape, form):
+    ours = assert_norm_is_right(norm_inputs(shape, form=form))
+    assert all(t.is_contiguous(memory_format=form) for t in ours[:2])
+
+
+@triton_only
+@pytest.mark.parametrize("training, relu", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "dtype, dtype_gamma, form",
+    [(FP32, FP32, LAST), (BF16, BF16, LAST), (BF16, FP32, FIRST), (FP16, FP16, FIRST), (FP16, FP32, LAST)],
+)
+def test_conditional_batch_norm_types(dtype, dtype_gamma, form, training, relu):
+    inputs = norm_inputs((3, 5, 4, 3), dtype, dtype_gamma, form)
+    ours = assert_norm_is_right(inputs, training=training, relu=relu)
+    assert [t.dtype for t in ours] == [dtype, dtype, dtype_gamma, dtype_gamma, FP32, FP32]
+
+
+@triton_only
+@pytest.mark.parametrize("form", [LAST, FIRST])
+def test_conditional_batch_norm_in_many_small_tiles(form, monkeypatch):
+    """Every loop goes round more than once, and every sum is of several parts, the last ones smaller."""
+    monkeypatch.setattr(kernels, "TILE", 32)
+    monkeypatch.setattr(kernels, "PROGRAMS", 12)
+    assert_norm_is_right(norm_inputs((11, 5, 7, 3), form=form))
+
+
+@triton_only
+@pytest.mark.parametrize("tile", [32, 4096])  # several tiles a part and several parts, or one
+@pytest.mark.parametrize("first", [1000.0, 0.0, -1e4])  # a beginning unlike the rest says nothing of its mean
+def test_statistics_far_from_zero(tile, first, monkeypatch):
+    """Float32 holds a mean of 1,000 to 3e-5, and that decides; sums of squares would be out by 0.1."""
+    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    x, gamma, beta, mean, var, dy = norm_inputs((4, 2, 9, 5), form=LAST)
+    x = 1000 + x / 3
+    x[0, :, 0, :3] = first
+    inputs = x, torch.ones_like(gamma), beta, 0 * mean, 0 * var, dy
+    ours, true = (
+        norm_results("triton", *inputs, relu=False),
+        norm_results("torch", *inputs, relu=False, wide=True),
+    )
+    torch.testing.assert_close(ours[0].double(), true[0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(ours[-1].double(), true[-1], atol=0, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=triton_only)])
+def test_running_statistics_are_those_of_batch_norm(impl):
+    norm = torch.nn.BatchNorm2d(5, affine=False, momentum=0.3).to(GPU)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    one, zero = (torch.full((4, 5), value, device=GPU) for value in (1.0, 0.0))
+    for training in (True, True, False):
+        norm.train(training)
+        x = noise(4, 5, 3, 2) + 2
+        y = kernels.conditional_batch_norm(
+            x, one, zero, mean, var, training=training, momentum=0.3, impl=impl
+        )
+        torch.testing.assert_close(y, norm(x))
+        torch.testing.assert_close(mean, norm.running_mean)
+        torch.testing.assert_close(var, norm.running_var)
+
+
+@triton_only
+def test_conditional_batch_norm_takes_views():
+    """Slices of a batch, of channels and of γ and β's common map, a transposed x, an expanded gradient."""
+    torch.manual_seed(0)
+    mean, var, dy = noise(3), noise(3).abs() + 0.5, noise(1, 3, 1, 1).expand(4, 3, 5, 2)
+    gamma, beta = noise(4, 6).chunk(2, dim=1)
+    expanded = noise(1, 3).expand(4, 3)
+    for form in (LAST, FIRST):
+        apart = noise(8, 3, 5, 2, form=form)[::2]
+        assert kernels._as_positions(apart)[0] is apart  # no copy is made
+        for x in (apart, noise(4, 7, 5, 2, form=form)[:, 2:5], noise(4, 3, 2, 5, form=form).mT):
+            assert_norm_is_right((x, gamma, beta, mean, var, dy))
+    assert_norm_is_right((x, expanded, expanded, mean, var, dy))
+    assert_norm_is_right((x, expanded, beta, mean, var, dy))
+
+
+@triton_only
+def test_conditional_batch_norm_goes_beyond_31_bits():
+    """Samples further apart than 2³¹ values; of the memory between them nothing is touched."""
+    x, gamma, beta, mean, var, dy = norm_inputs((2, 3, 4, 2), BF16, form=LAST)
+    far = torch.empty(2**31 + 64, dtype=BF16, device=GPU).as_strided(x.shape, (2**31 + 8, *x.stride()[1:]))
+    far.copy_(x)
+    ours, near = (norm_results("triton", t, gamma, beta, mean, var, dy) for t in (far, x))
+    for a, b in zip(ours, near):
+        torch.testing.assert_close(a, b)
+
+
+@triton_only
+def test_not_a_number_goes_through_the_relu():
+    x, gamma, beta, mean, var, dy = norm_inputs((3, 2, 4, 2))
+    x[1, 1, 2, 0] = float("nan")
+    for training, count in ((True, 24), (False, 1)):
+        y, dx, *_ = norm_results("triton", x, gamma, beta, mean, var, dy, training=training)
+        assert y.isnan().sum() == count and y[:, 0].isfinite().all()
+        assert training is bool(dx[:, 1].isnan().all())
+
+
+def patches_of(count, C, S, dtype=FP32, form=FIRST):
+    torch.manual_seed(count + C + S)
+    return noise(count, C, S, S, dtype=dtype, form=form, scale=2)
+
+
+def merge_results(impl, patches, wide=False, **options):
+    """Output and gradient of the patches."""
+    patches = (patches.double() if wide else patches.detach()).requires_grad_()
+    images = kernels.merge_patches(patches, 2, 3, **options, impl=impl)
+    slope = torch.arange(images.numel(), device=GPU).sin().view(images.shape).to(images.dtype)
+    return images.detach(), torch.autograd.grad(images, patches, slope)[0]
+
+
+@triton_only
+@pytest.mark.parametrize("form", [LAST, FIRST])
+@pytest.mark.parametrize("tile", [32, 4096])  # one row of a patch is more than a tile, or one tile holds all
+@pytest.mark.parametrize(
+    "C, S",
+    [
+        (3, 4),
+        (1, 1),  # one value a patch
+        (5, 7),  # nothing a power of two
+    ],
+)
+def test_merge_patches_kernels(C, S, tile, form, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    patches = patches_of(12, C, S, form=form)
+    for ours, reference in zip(merge_results("triton", patches), merge_results("torch", patches)):
+        assert torch.equal(ours, reference) and ours.stride() == reference.stride()
+        assert ours.is_contiguous(memory_format=form)
+
+
+@triton_only
+@pytest.mark.parametrize("dtype, to", [(BF16, FP32), (FP32, BF16), (FP16, None), (FP32, FP32)])
+@pytest.mark.parametrize("form", [LAST, FIRST])
+@pytest.mark.parametrize("tanh", [True, False])
+def test_merge_patches_types(dtype, to, form, tanh):
+    patches = patches_of(6, 3, 4, dtype, form)
+    ours = merge_results("triton", patches, tanh=tanh, dtype=to)
+    true = merge_results("torch", patches, wide=True, tanh=tanh)
+    assert [t.dtype for t in ours] == [to or dtype, dtype]
+    for a, b in zip(ours, true):
+        error = max(ERROR[dtype] if a.dtype == dtype else 0, ERROR[to or dtype])
+        torch.testing.assert_close(a.double(), b, atol=error, rtol=error)
+
+
+@triton_only
+def test_tanh_has_all_its_digits():
+    x = torch.tensor([-1e4, -12, -0.26, -0.24, -1e-6, 0, 1e-20, 1e-3, 0.249, 0.251, 3, 9.5], device=GPU)
+    true = x.double().requires_grad_()
+    patches = x.view(-1, 1, 1, 1).requires_grad_()
+    y = kernels.merge_patches(patches, 1, 1, tanh=True, impl="triton")
+    (dx,) = torch.autograd.grad(y.sum(), patches)
+    torch.testing.assert_close(y.double().flatten(), true.tanh(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(dx.double().flatten(), true.cosh() ** -2, atol=0, rtol=1e-5)
+
+
+@triton_only
+def test_merge_patches_takes_views():
+    patches = patches_of(12, 4, 3, form=LAST)
+    for view in (patches[::2], patches[:6, 1:3], patches[:6].mT):
+        for ours, reference in zip(merge_results("triton", view), merge_results("torch", view)):
+            assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("form", [LAST, FIRST])
+def test_gradients_of_the_references(form):
+    """The kernels are held against these."""
+    torch.manual_seed(0)
+    x, gamma, beta, mean, var, _ = (t.double() for t in norm_inputs((3, 2, 2, 2), form=form))
+    inputs = [t.requires_grad_() for t in (x, gamma, beta)]
+    for training, relu in itertools.product((True, False), (True, False)):
+        options = dict(training=training, relu=relu, impl="torch")
+        assert torch.autograd.gradcheck(
+            lambda *t: kernels.conditional_batch_norm(*t, mean, var, **options), inputs
+        )
+    patches = patches_of(6, 2, 2, form=form).double().requires_grad_()
+    for tanh in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda t: kernels.merge_patches(t, 2, 3, tanh=tanh, impl="torch"), patches
+        )
+
+
+@triton_only
+def test_two_runs_are_equal_to_the_bit():
+    inputs = norm_inputs((5, 20, 4, 3) if GPU == "cpu" else (300, 70, 17, 9), BF16, form=LAST)
+    for a, b in zip(norm_results("triton", *inputs), norm_results("triton", *inputs)):
+        assert torch.equal(a, b)
+
+
+@triton_only
+def test_kernels_differentiate_once():
+    x, gamma, beta, mean, var, _ = norm_inputs((3, 2, 4, 2))
+    patches = patches_of(6, 3, 2).requires_grad_()
+    norm = kernels.conditional_batch_norm
+    y = norm(x.requires_grad_(), gamma, beta, mean, var, training=True, impl="triton")
+    images = kernels.merge_patches(patches, 2, 3, tanh=True, impl="triton")
+    for output, leaf in ((y, x), (images, patches)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+@triton_only
+def test_the_gradient_penalty_differentiates_twice_beside_kernels():
+    """L_GP goes through D alone: s' as made by kernels gives what s' as made by PyTorch gives."""
+    torch.manual_seed(0)
+    w = noise(3, 4, 4)
+    gradients = []
+    for impl in ("triton", "torch"):
+        patches, weight = patches_of(8, 3, 2).requires_grad_(), w.clone().requires_grad_()
+        s_macro = kernels.merge_patches(patches, 2, 2, tanh=True, impl=impl)
+        x_macro, epsilon = torch.ones_like(s_macro), torch.full((2,), 0.5, device=GPU)
+        D = lambda x: ((weight * x).square()).sum((1, 2, 3))  # noqa: E731
+        L_GP = coco_gan.gradient_penalty(D, x_macro, s_macro, epsilon)
+        (L_GP - D(s_macro).mean()).backward()
+        gradients.append((weight.grad, patches.grad))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def crop_inputs(n=3, H=9, W=13):
+    """Images, and places inside, across each border, and far outside."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (n, H, W, 3), dtype=torch.uint8, device=GPU)
+    top, left = torch.tensor([[2, 7, -3, 0, 900, -900], [3, 12, -1, -13, -777, 778]], device=GPU)
+    return images, torch.arange(6, device=GPU) % n, top, left
+
+
+@triton_only
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(
+    "height, width, tile",
+    [
+        (4, 5, 4096),
+        (9, 13, 32),  # the whole image, in tiles of less than a row
+        (1, 1, 4096),
+    ],
+)
+def test_crop_patches_kernel(height, width, tile, mirror, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    images, index, top, left = crop_inputs()
+    turned = torch.arange(6, device=GPU) % 4 == 1 if mirror else None
+    crops = [
+        kernels.crop_patches(images, index, top, left, height, width, mirror=turned, impl=impl)
+        for impl in ("triton", "torch")
+    ]
+    assert torch.equal(*crops) and crops[0].stride() == crops[1].stride()
+    for b, (i, y, x) in enumerate(zip(index.tolist(), top.tolist(), left.tolist())):
+        true = images[i].roll((-y, -x), (0, 1))[:height, :width]
+        true = true.flip(1) if mirror and turned[b] else true
+        assert torch.equal(true, ((crops[0][b] + 1) * 127.5).round().byte().permute(1, 2, 0))
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_crop_patches_types(dtype):
+    values = torch.arange(256, dtype=torch.uint8, device=GPU).repeat(3).view(1, 16, 16, 3)
+    zero = torch.zeros(1, dtype=torch.int64, device=GPU)
+    ours, reference = (
+        kernels.crop_patches(values, zero, zero, zero, 16, 16, dtype=dtype, impl=impl)
+        for impl in ("triton", "torch")
+    )
+    error = 0 if dtype is FP32 else ERROR[dtype]
+    torch.testing.assert_close(ours, reference, atol=error, rtol=0)
+
+
+@triton_only
+def test_crop_patches_from_a_store_beyond_31_bits():
+    images = torch.empty(700, 1024, 1024, 3, dtype=torch.uint8, device=GPU)  # untouched, it takes no memory
+    assert images.numel() > 2**31
+    images[-1, :4, :4] = noise(4, 4, 3, scale=200).byte()
+    last, zero = (torch.full((1,), value, device=GPU) for value in (699, 0))
+    crop = kernels.crop_patches(images, last, zero, zero, 4, 4, impl="triton")
+    assert torch.equal(crop[0].permute(1, 2, 0), images[-1, :4, :4] / 127.5 - 1)
+
+
+@triton_only
+def test_numbers_of_no_image_give_nothing_to_look_at():
+    images, index, top, left = crop_inputs()
+    index[1], index[2] = 3, -1
+    crop = kernels.crop_patches(images, index, top, left, 4, 4, impl="triton")
+    assert crop.isnan().flatten(1).all(1).tolist() == [False, True, True, False, False, False]
+    assert crop[[0, 3, 4, 5]].isfinite().all()
+
+
+def test_nothing_in_nothing_out():
+    for impl in ("torch", *["triton"] * (kernels.triton is not None)):
+        x, z, zero = noise(0, 3, 2, 2), noise(0, 3), torch.zeros(0, dtype=torch.int64, device=GPU)
+        y = kernels.conditional_batch_norm(x, z, z, noise(3), noise(3), training=False, impl=impl)
+        assert y.shape == (0, 3, 2, 2)
+        assert kernels.merge_patches(x, 2, 3, impl=impl).shape == (0, 3, 4, 6)
+        images = crop_inputs()[0]
+        assert kernels.crop_patches(images, zero, zero, zero, 4, 4, impl=impl).shape == (0, 3, 4, 4)
+
+
+def norm(x=(2, 3, 4, 4), gamma=(2, 3), mean=(3,), dtype=FP32, dtype_gamma=FP32, device=GPU, **options):
+    gamma = torch.ones(gamma, dtype=dtype_gamma, device=device)
+    stats = torch.ones(mean, device=GPU)
+    options = dict(training=True, impl="torch") | options
+    return kernels.conditional_batch_norm(
+        torch.ones(x, dtype=dtype, device=GPU), gamma, gamma, stats, stats, **options
+    )
+
+
+def merge(shape=(12, 3, 4, 4), rows=2, columns=3, dtype=FP32, **options):
+    return kernels.merge_patches(torch.ones(shape, dtype=dtype), rows, columns, **options)
+
+
+def crop(
+    images=(5, 8, 8, 3), index=(2,), top=(2,), height=4, width=4, kind=torch.uint8, mirror=None, **options
+):
+    index, top = (torch.zeros(shape, dtype=torch.int64) for shape in (index, top))
+    images = torch.zeros(images, dtype=kind)
+    return kernels.crop_patches(images, index, top, top, height, width, mirror=mirror, **options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: norm(x=(2, 3, 4)), "x has the shape (2, 3, 4); give (B, C, h, w)"),
+        (lambda: norm(gamma=(2, 4)), "gamma has the shape (2, 4); give (2, 3)"),
+        (lambda: norm(gamma=(3,)), "gamma has the shape (3,); give (2, 3)"),
+        (lambda: norm(mean=(2,)), "running_mean has the shape (2,); give (3,)"),
+        (lambda: norm(dtype=torch.int32), "x is torch.int32; give torch.float32 or torch.bfloat16 or"),
+        (lambda: norm(dtype_gamma=BF16), "gamma is torch.bfloat16; give torch.float32"),
+        (lambda: norm(device="meta"), "gamma is on meta; give it on"),
+        (lambda: norm(x=(1, 3, 1, 1), gamma=(1, 3)), "x has 1 values a channel"),
+        (lambda: norm(impl="cuda"), "impl is 'cuda'; give 'auto', 'torch' or 'triton'"),
+        (lambda: merge((12, 3, 4, 5)), "patches has the shape (12, 3, 4, 5); give (B·rows·columns, C, S, S)"),
+        (lambda: merge(rows=5), "12 patches make no images of 5 rows and 3 columns"),
+        (lambda: merge(rows=0), "12 patches make no images of 0 rows and 3 columns"),
+        (lambda: merge(dtype=torch.int64), "patches is torch.int64; give torch.float32"),
+        (lambda: merge(impl="cpu"), "impl is 'cpu'; give 'auto', 'torch' or 'triton'"),
+        (lambda: crop((5, 8, 8, 4)), "images has the shape (5, 8, 8, 4); give (n, H, W, 3)"),
+        (lambda: crop(kind=FP32), "images is torch.float32; give torch.uint8"),
+        (lambda: crop(height=9), "a patch of 9 x 4 pixels is not inside an image of 8 x 8"),
+        (lambda: crop(width=0), "a patch of 4 x 0 pixels is not inside an image of 8 x 8"),
+        (lambda: crop(top=(3,)), "top has the shape (3,); give (2,)"),
+        (lambda: crop(dtype=torch.uint8), "dtype is torch.uint8; give torch.float32"),
+        (lambda: crop(mirror=torch.zeros(2)), "mirror is torch.float32; give torch.bool"),
+        (
+            lambda: crop(mirror=torch.zeros(2, dtype=torch.bool, device="meta")),
+            "mirror is on meta; give it on cpu",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@triton_only
+def test_float64_is_for_the_references():
+    with pytest.raises(
+        ValueError, match="x is torch.float64; give torch.float32 or torch.bfloat16 or torch.float16"
+    ):
+        norm(dtype=torch.float64, impl="triton")
+
+
+def copy_of_kernels():
+    """kernels.py imported once more, as it finds the machine now."""
+    spec = importlib.util.spec_from_file_location("copy_of_kernels", ROOT / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "installed, message",
+    [
+        (False, "impl is 'triton', which is not installed"),
+        pytest.param(True, "impl is 'triton' and the tensors are on cpu", marks=triton_only),
+    ],
+)
+def test_without_triton_or_a_gpu_auto_is_pytorch(installed, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not installed:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    copy, patches = copy_of_kernels(), torch.randn(6, 3, 4, 4)
+    assert torch.equal(copy.merge_patches(patches, 2, 3), kernels.merge_patches(patches, 2, 3, impl="torch"))
+    with pytest.raises(ValueError, match=message):
+        copy.merge_patches(patches, 2, 3, impl="triton")
+
+
+def test_kernels_verify_themselves():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # with a GPU it would go on to time everything
+    out = subprocess.check_output([sys.executable, ROOT / "kernels.py"], env=environment, text=True)
+    assert "agree with float64" in out and "nothing is timed" in out
+
+
+@pytest.mark.skipif(GPU == "cpu", reason="no CUDA device")
+def test_kernels_go_into_a_cuda_graph():
+    """Nothing in them waits for the GPU, or this fails. Replayed on other numbers, it does what they do."""
+    inputs, patches = norm_inputs((4, 24, 6, 5), BF16, form=LAST), patches_of(6, 3, 8, BF16, LAST)
+    images, index, top, left = crop_inputs()
+
+    def run():
+        crop = kernels.crop_patches(images, index, top, left, 4, 5, impl="triton")
+        return [*norm_results("triton", *inputs), *merge_results("triton", patches, tanh=True), crop]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            replayed = run()
+        for tensor in (inputs[0], inputs[1], patches):
+            tensor.mul_(-0.5)
+        graph.replay()
+        for a, b in zip(replayed, run()):
+            assert torch.equal(a, b)
+
+
+def compile_kernels(architecture: int, everything: bool) -> None:
+    """Compile what COCO-GAN launches, or `everything` there is, and print what it takes of a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    class Noted:
+        """Stands for a kernel: notes the arguments it is launched with as Triton would compile for them."""
+
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, num_warps=4):
+            signature, constants, multiples = {}, {}, {}
+            for i, (parameter, value) in enumerate(zip(self.kernel.params, args, strict=True)):
+                if isinstance(value, torch.Tensor):
+                    kind = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16"}.get(value.dtype, "*u8")
+                    kind = "*i64" if value.dtype is torch.int64 else kind
+                else:
+                    kind = "fp32" if isinstance(value, float) else "i32"
+                fixed = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+                if parameter.is_constexpr or fixed:
+                    kind, constants[i,] = "constexpr", value
+                elif kind[0] == "*" or (
+                    kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize
+                ):
+                    multiples[i,] = [["tt.divisibility", 16]]
+                signature[parameter.name] = kind
+            source = ASTSource(self.kernel, signature, constants, multiples)
+            key = self.kernel.__name__, num_warps, *signature.values(), *map(str, (constants, multiples))
+            sources.setdefault(key, source)
+
+    sources = {}
+    for name, kernel in vars(kernels).items():
+        if isinstance(kernel, triton.runtime.JITFunction) and name.endswith("_kernel"):
+            setattr(kernels, name, Noted(kernel))
+
+    shapes = [(512, 512, 4, 4), (512, 64, 32, 32)]
+    types, norm_types, forms = [FP32, BF16], [(FP32, FP32), (BF16, BF16)], [LAST]
+    modes, tanhs, outs = [(True, True), (False, True)], [True], [FP32]
+    if everything:
+        shapes += [(3, 65, 5, 7), (2, 1, 1, 1)]
+        types, forms, outs, tanhs = kernels.TYPES, [LAST, FIRST], kernels.TYPES, [True, False]
+        norm_types = [*itertools.product(types, [FP32]), (BF16, BF16), (FP16, FP16)]
+        modes = [*itertools.product([True, False], [True, False])]
+    meta = torch.device("meta")  # shapes without memory
+    for shape, kinds, form, (training, relu) in itertools.product(shapes, norm_types, forms, modes):
+        x = torch.empty(shape, dtype=kinds[0], memory_format=form, device=meta)
+        gamma, stats = torch.empty(shape[:2], dtype=kinds[1], device=meta), torch.empty(shape[1], device=meta)
+        inputs = x.requires_grad_(training or everything), gamma, gamma, stats, stats
+        y = kernels.conditional_batch_norm(*inputs, training=training, relu=relu, impl="triton")
+        y.requires_grad and y.sum().backward()
+    for dtype, form, tanh, out in itertools.product(types, forms, tanhs, outs):
+        patches = torch.empty(512, 3, 32, 32, dtype=dtype, memory_format=form, device=meta).requires_grad_()
+        kernels.merge_patches(patches, 2, 2, tanh=tanh, dtype=out, impl="triton").sum().backward()
+    images = torch.empty(9, 128, 128, 3, dtype=torch.uint8, device=meta)
+    place = torch.empty(3, 128, dtype=torch.int64, device=meta)
+    for out, mirror in itertools.product(outs, [None, place[0].bool()]):
+        kernels.crop_patches(images, *place, 64, 64, mirror=mirror, dtype=out, impl="triton")
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    print(f"Triton {triton.__version__}, sm_{architecture}: registers a thread, bytes spilled")
+    for (name, num_warps, *_), source in sorted(sources.items()):
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options=dict(num_warps=num_warps))
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder, "cubin")).write_bytes(compiled.asm["cubin"])
+            report = subprocess.check_output([tool, "--dump-resource-usage", path], text=True)
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+        pointers = " ".join(kind[1:] for kind in source.signature.values() if kind[0] == "*")
+        print(f"{registers:5} {spilled:3}  {name[1:-7]} {pointers} {[*source.constants.values()]}")
+        assert spilled < 64, name
+    print(f"{len(sources)} compiled")
+
+
+@triton_only
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile_without_a_gpu(architecture):
+    """What the interpreter takes and the compiler does not is found here. COMPILE=all for all there is."""
+    everything = os.environ.get("COMPILE") == "all"
+    code = f"import {Path(__file__).stem} as t; t.compile_kernels({architecture}, {everything})"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 # ----------------------------------------------------------------------------------------------------------
