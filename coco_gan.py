@@ -967,12 +967,9 @@ class Scene:
     def __init__(self, G: Generator, z: torch.Tensor, batch_size: int | None = None):
         self.G, self.z, self.batch_size = G, z, batch_size
         device, S = next(G.parameters()).device, G.config.S
-        self.patches = torch.empty(
-            0, S, S, 3, dtype=torch.uint8, device=device
-        )  # in the order they were made
-        self.number = torch.full(
-            (G.config.R, G.config.K), -1, device=device
-        )  # of the patch in row i, column j
+        # The patches in the order they were made, and which of them is in row i, column j; -1: none yet.
+        self.patches = torch.empty(0, S, S, 3, dtype=torch.uint8, device=device)
+        self.number = torch.full((G.config.R, G.config.K), -1, device=device)
 
     @property
     def made(self) -> int:
@@ -1009,9 +1006,8 @@ class Scene:
     def viewport(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """The rectangle of pixels from (top, left): (height, width, 3) uint8. Raises: as `pixels`."""
         rows, x = torch.arange(top, top + height)[:, None], torch.arange(left, left + width)
-        bands = rows.split(
-            max(1, 2**20 // width)
-        )  # or the numbers of the patches take far more than the pixels
+        # In bands, or the numbers of the patches would take far more memory than the pixels.
+        bands = rows.split(max(1, 2**20 // width))
         return np.concatenate([self.pixels(y, x).cpu().numpy() for y in bands])
 
 

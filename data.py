@@ -911,7 +911,7 @@ def _draw_landscapes(draws: np.ndarray, y: np.ndarray, x: np.ndarray, pixel: flo
     sun_x, sun_y = uniform(-0.6, 0.6), horizon - uniform(0.35, 0.8)
     slope = np.clip((y + 1) / (horizon + 1), 0, 1) ** uniform(0.7, 1.6)
     image = zenith + slope * (haze - zenith) + 0 * x
-    # On the wall of the cylinder a quarter turn is π/2 wide and, at 60°, √3 high is the half of the picture.
+    # Half of the height, 1, stands for 60°, which is 1.05 in the units of x: with that the sun is round.
     turn = np.abs((x - sun_x + np.pi) % (2 * np.pi) - np.pi)
     away = np.hypot(turn / 1.05, y - sun_y)
     glow = 60 * np.exp(-4 * away)
@@ -938,9 +938,9 @@ def _draw_landscapes(draws: np.ndarray, y: np.ndarray, x: np.ndarray, pixel: flo
     paint(grass * 0.95, shore - y)
     near = shore + 0.25 + 0.1 * waves(3, 7)
     paint(grass * 0.7, near - y)
-    furrows = np.sin(24 * x) * np.clip(
-        4 * (y - near), 0, 1
-    )  # of a field, all towards the middle, where we stand
+    # Furrows of a field, all towards where we stand. With the trees they give neighbouring columns the
+    # differences that photographs have, beside which a seam can be judged.
+    furrows = np.sin(24 * x) * np.clip(4 * (y - near), 0, 1)
     image = image * (1 + uniform(0.2, 0.4) * furrows)
     for _ in range(9):  # conifers on the ground
         far = np.abs((x - uniform(-np.pi, np.pi) + np.pi) % (2 * np.pi) - np.pi)
