@@ -4,6 +4,7 @@
     python coco_gan.py train --data ./celeba      # a folder or a zip of photographs
     python coco_gan.py sample                     # a picture from the newest checkpoint under runs/
     python coco_gan.py train --panorama           # on a cylinder; sample --panorama draws from it
+    python coco_gan.py train --extrapolate 1 --from runs/tiny-001    # then sample --extrapolate 1
 
 Source: Lin, Chang, Chen, Juan, Wei, Chen, "COCO-GAN: Generation by Parts via Conditional Coordinating",
 ICCV 2019. Sections, equations, figures and appendices named below are that paper's.
@@ -19,9 +20,10 @@ Symbols (appendix B) and how they are spelled here. Order is always (y, x), (hei
     ŝ'     s_hat        a point on the line from x' to s'
     φ, ψ   merge_patches, crop_patches
     R, K   config.R, K  rows and columns of micro patches in a full image
-    λ, α   lambda_gp, alpha_s
+    A, Q   D's heads that estimate the coordinate and, with --guided, the latent vector
+    λ, α   lambda_gp, alpha_s; alpha_q is the weight of L_Q
     B                   macro patches in a batch; b·N·M + n·M + m numbers its micro patches
-    W/σ    G_sn, D_sn, A_sn    the spectrally normalised parameters of G, D and A
+    W/σ    G_sn, D_sn, A_sn, Q_sn    the spectrally normalised parameters of G, D, A and Q
 
 Deviations from the paper are marked "Deviation:" where they happen and listed in the README.
 """
@@ -33,6 +35,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
@@ -97,17 +100,23 @@ class Config:
     width_d: int = _field(64, 1, 1024, "unit of D's channels: …, 1, 1, 2, 4, 8, 8 of them")
     lambda_gp: float = _field(10.0, 0, 1e6, "weight λ of the gradient penalty L_GP")
     alpha_s: float = _field(100.0, 0, 1e6, "weight α of the spatial consistency loss L_S")
-    lr_g: float = _field(1e-4, 0, 1, "learning rate of G")
+    guided: bool = _field(False, None, None, "train the head Q too, to generate from a patch of a photograph")
+    alpha_q: float = _field(100.0, 0, 1e6, "weight of the content consistency loss L_Q, with --guided")
+    lr_g: float = _field(1e-4, 0, 1, "learning rate of G, and of Q")
     lr_d: float = _field(4e-4, 0, 1, "learning rate of D and A")
     beta1: float = _field(0.0, 0, 0.9999, "Adam's β1")
     beta2: float = _field(0.999, 0, 0.999999, "Adam's β2")
     batch_size: int = _field(128, 2, 65536, "macro patches a step")
     steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
+    extrapolate: str = _field("0", None, None, "post-train so many micro patches beyond the borders")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
     precision: str = _field("auto", None, None, "auto, fp32 or bf16: of what G's and D's layers compute")
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, toy:faces or toy:landscapes")
     crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
+    continuous: bool = _field(
+        False, None, None, "macro patches from any pixel on, not only from micro patches"
+    )
     mirror: bool = _field(False, None, None, "mirror half of the real images")
     yaw: bool = _field(False, None, None, "turn each real image at random where its borders meet")
     holdout: int = _field(0, 0, 10**9, "images kept out of training, for evaluation")
@@ -132,6 +141,11 @@ class Config:
         return self.R if down else self.R - self.N + 1, self.K if across else self.K - self.M + 1
 
     @property
+    def ring(self) -> tuple[int, int]:
+        """How many micro patches beyond the upper and lower, and beyond the left and right border."""
+        return parse_ring(self.extrapolate, self)
+
+    @property
     def c_dim(self) -> int:
         """Values in a coordinate: an angle takes two."""
         return 2 + sum(self.closed)
@@ -139,7 +153,7 @@ class Config:
 
 # Sizes and batches are the paper's and its code's. 150 epochs of CelebA less 50,000 images (table 2) and a
 # million steps of LSUN (appendix E) give the steps; the others are ours, and all of the last three presets.
-CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0)
+CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
 PRESETS = {
     "celeba64": dict(batch_size=64, steps=350_000),
@@ -178,11 +192,28 @@ def check_config(config: Config) -> None:
                 f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
             )
             raise UserError(f"{found}; try --{name} {most} or a smaller --S")
-    if config.yaw and not any(config.closed):
-        raise UserError("--yaw turns images whose borders meet; give --topology cylinder or torus as well")
     for name, allowed in (("precision", PRECISIONS), ("crop", CROPS), ("topology", TOPOLOGIES)):
         if getattr(config, name) not in allowed:
             raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
+    if config.yaw and not any(config.closed):
+        raise UserError("--yaw turns images whose borders meet; give --topology cylinder or torus as well")
+    parse_ring(config.extrapolate, config)
+
+
+def parse_ring(text: str, config: Config) -> tuple[int, int]:
+    """ "1": one micro patch beyond each border there is; "1,0": as many down, and across."""
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})?", text):
+        raise UserError(f"--extrapolate {text} is no width of a ring; give micro patches, like 1 or 1,0")
+    asked = tuple(map(int, text.split(",")))
+    if len(asked) == 2:
+        ring, good = asked, not any(extra and closed for extra, closed in zip(asked, config.closed))
+    else:
+        ring = tuple(0 if closed else asked[0] for closed in config.closed)
+        good = any(ring) or not any(asked)
+    if not good:
+        why = f"borders of a {config.topology} that meet have nothing beyond them"
+        raise UserError(f"--extrapolate {text}: {why}; give {'0' if all(config.closed) else '1,0'}")
+    return ring
 
 
 def flag(name: str) -> str:
@@ -434,7 +465,8 @@ class Head(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------
 # Losses (section 2, equations 1 to 4). D, A minimise -L_W + λ L_GP + α L_S(x'), G minimises L_W + α L_S(s').
-# Equation 1 prints L_W with the opposite signs, with which D would learn to prefer s'.
+# Equation 1 prints L_W with the opposite signs, with which D would learn to prefer s'. With --guided D, G and
+# Q all minimise alpha_q L_Q(s') as well (section 3.5; section 2 of the paper's first version).
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -443,20 +475,35 @@ def wasserstein(score_real: torch.Tensor, score_generated: torch.Tensor) -> torc
     return score_real.mean() - score_generated.mean()
 
 
-def gradient_penalty(score, x_macro, s_macro, epsilon) -> torch.Tensor:
+def gradient_penalty(score, x_macro, s_macro, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
     """L_GP = E[(‖∇D(ŝ')‖₂ - 1)²], ŝ' = ε s' + (1-ε) x' (equation 3), the norm over all pixels of a sample.
 
     Args: score maps (B, 3, h, w) to (B,); x_macro, s_macro (B, 3, h, w); epsilon (B,) in [0, 1].
+    Returns: L_GP and the mean of the norms.
     """
     epsilon = epsilon.view(-1, 1, 1, 1)
     s_hat = (epsilon * s_macro.detach() + (1 - epsilon) * x_macro).requires_grad_()
     (gradient,) = torch.autograd.grad(score(s_hat).sum(), s_hat, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    norm = gradient.flatten(1).norm(dim=1)
+    return (norm - 1).square().mean(), norm.mean()
 
 
 def spatial_consistency(c_macro: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
-    """L_S = E[‖c' - A(·)‖²] (equation 4), squared as its neighbour in the text, ACGAN's "L2-loss", is."""
-    return (c_macro - estimate).square().sum(dim=1).mean()
+    """L_S = E[‖c' - A(·)‖²] (equation 4), squared as its neighbour in the text, ACGAN's "L2-loss", is.
+
+    A coordinate outside [-1, 1] counts as 0: A ends in a tanh and cannot reach it (appendix E).
+    """
+    inside = (c_macro.abs() <= 1 + 1e-4).all(dim=1)
+    return ((c_macro - estimate).square().sum(dim=1) * inside).mean()
+
+
+def content_consistency(z: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
+    """L_Q = E[‖z - Q(s')‖₁] / z_dim (appendix B, "Content consistency loss"); 0.5 if Q only says 0.
+
+    Deviation: the paper sums over the values of z and gives no weight. The authors released this mean with a
+    weight of 100, which so means the same for any z_dim.
+    """
+    return (z - estimate).abs().mean()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -478,6 +525,10 @@ class State:
     opt_G: torch.optim.Adam
     opt_D: torch.optim.Adam
     rng: torch.Generator  # on the CPU whatever the device, so that a seed means the same batches everywhere
+    Q: Head | None = None  # with --guided
+    opt_Q: torch.optim.Adam | None = None
+    opt_G_beyond: torch.optim.Adam | None = None  # with --extrapolate (appendix E)
+    opt_D_beyond: torch.optim.Adam | None = None
 
 
 def new_state(config: Config, device: torch.device) -> State:
@@ -487,11 +538,24 @@ def new_state(config: Config, device: torch.device) -> State:
     G_average = normalised_for_good(copy.deepcopy(G)).requires_grad_(False).eval()
     for net in (G, G_average, D, A):
         net.to(device)
-    betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
-    opt_G = torch.optim.Adam(G.parameters(), lr=config.lr_g, betas=betas, fused=fused)
-    opt_D = torch.optim.Adam([*D.parameters(), *A.parameters()], lr=config.lr_d, betas=betas, fused=fused)
+    adam = functools.partial(
+        torch.optim.Adam, betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda")
+    )
+    opt_G = adam(G.parameters(), lr=config.lr_g)
+    opt_D = adam([*D.parameters(), *A.parameters()], lr=config.lr_d)
     rng = torch.Generator().manual_seed(2**63 + config.seed)  # another stream than the weights'
-    return State(config, device, 0, G, G_average, D, A, opt_G, opt_D, rng)
+    state = State(config, device, 0, G, G_average, D, A, opt_G, opt_D, rng)
+    if config.guided:
+        state.Q = Head(D.linear.in_features, config.z_dim).to(device)
+        state.opt_Q = adam(state.Q.parameters(), lr=config.lr_g)
+    if any(config.ring):
+        state.opt_G_beyond = adam(G.blocks[:2].parameters(), lr=config.lr_g)
+        state.opt_D_beyond = adam(D.parameters(), lr=config.lr_d)
+    return state
+
+
+def networks(state: State) -> list[nn.Module]:
+    return [net for net in (state.G, state.D, state.A, state.Q) if net is not None]
 
 
 @torch.no_grad()
@@ -505,7 +569,8 @@ def normalised_for_good(net: nn.Module) -> nn.Module:
 @dataclass
 class Batch:
     x_macro: torch.Tensor  # (B, 3, N·S, M·S) float32
-    c_macro: torch.Tensor  # (B, c_dim), of the real and of the generated macro patches alike
+    c_macro: torch.Tensor  # (B, c_dim)
+    c_generated: torch.Tensor  # (B, c_dim), that of s': the same, but in steps beyond the borders
     c_micro: torch.Tensor  # (B·N·M, c_dim)
     z: torch.Tensor  # (B, z_dim)
     epsilon: torch.Tensor  # (B,)
@@ -523,20 +588,33 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng, device) -> Batch:
-    """Draw B images, discrete positions and latents, all uniformly (appendix C, "Coordinate Setup").
+def draw_places(config: Config, rng, ring: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
+    """Where macro patches begin, uniformly over the discrete positions (appendix C), or over all pixels with
+    `continuous` (section 3.7): top and left, (B,) int64, in pixels, beyond the borders where there is a ring.
+    """
+    S, unit, places = config.S, 1 if config.continuous else config.S, []
+    for count, closed, extra in zip(config.places, config.closed, ring):
+        last = count * S - unit if closed else (count - 1) * S
+        choices = (-extra * S // unit, (last + extra * S) // unit + 1)
+        places.append(unit * torch.randint(*choices, (config.batch_size,), generator=rng))
+    return places
 
-    Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64.
+
+def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, int] = (0, 0)) -> Batch:
+    """Draw B images, positions and latents, all uniformly (appendix C, "Coordinate Setup").
+
+    Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64; ring: how
+    many micro patches beyond the borders s' may reach, down and across (appendix E).
     """
     B = config.batch_size
     index = numbers[torch.randint(len(numbers), (B,), generator=rng)]
-    i, j = (torch.randint(count, (B,), generator=rng) for count in config.places)
+    top, left = draw_places(config, rng)
+    i, j = top / config.S, left / config.S  # in micro patches
     z = latent(B, config.z_dim, rng)
     epsilon = torch.rand(B, generator=rng)
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
 
     height, width = config.N * config.S, config.M * config.S
-    top, left = i * config.S, j * config.S
     left = torch.where(mirror, config.width - width - left, left)  # where it lies before it is mirrored
     if config.yaw:
         down, across = config.closed
@@ -545,8 +623,11 @@ def draw_batch(config: Config, images: torch.Tensor, numbers: torch.Tensor, rng,
     place = [move(t, images.device) for t in (index, top, left)]
     x_macro = move(crop_patches(images, *place, height, width), device)
     x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
-    c_macro, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
-    return Batch(x_macro, *(move(t, device) for t in (c_macro, c_micro, z, epsilon)))
+    c_macro = macro_coordinates(config, i, j)
+    if any(ring):
+        i, j = (place / config.S for place in draw_places(config, rng, ring))
+    c_generated, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
+    return Batch(x_macro, *(move(t, device) for t in (c_macro, c_generated, c_micro, z, epsilon)))
 
 
 def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
@@ -558,8 +639,8 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     return merge_patches(s_micro, N, M).contiguous(memory_format=torch.channels_last)
 
 
-def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """One Adam step of D and A; returns L_W, L_GP and L_S of the real macro patches."""
+def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor, *optimizers) -> tuple:
+    """One step of D and A, and of Q, with the Adams given; returns L_W, L_GP, ‖∇D(ŝ')‖₂ and L_S(x')."""
     config, B = state.config, len(batch.x_macro)
     D_sn, A_sn = spectral_norm(state.D, iterate=True), spectral_norm(state.A, iterate=True)
 
@@ -567,42 +648,68 @@ def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tup
         with mixed_precision(state):
             return functional_call(state.D, D_sn, (x, c_macro))
 
-    score, h = D(torch.cat([batch.x_macro, s_macro.detach()]), batch.c_macro.repeat(2, 1))
+    score, h = D(torch.cat([batch.x_macro, s_macro.detach()]), torch.cat([batch.c_macro, batch.c_generated]))
     L_W = wasserstein(score[:B], score[B:])
-    L_GP = gradient_penalty(lambda s_hat: D(s_hat, batch.c_macro)[0], batch.x_macro, s_macro, batch.epsilon)
+    # ŝ' lies between the coordinates as it does between the images; they differ beyond the borders only.
+    c_hat = batch.c_macro.lerp(batch.c_generated, batch.epsilon.unsqueeze(1))
+    L_GP, norm = gradient_penalty(lambda s_hat: D(s_hat, c_hat)[0], batch.x_macro, s_macro, batch.epsilon)
     L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h[:B],)))
-    state.opt_D.zero_grad()
-    (-L_W + config.lambda_gp * L_GP + config.alpha_s * L_S).backward()
-    state.opt_D.step()
-    return L_W.detach(), L_GP.detach(), L_S.detach()
+    loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S
+    if config.guided:
+        Q_sn = spectral_norm(state.Q, iterate=True)
+        L_Q = content_consistency(batch.z, functional_call(state.Q, Q_sn, (h[B:],)))
+        loss = loss + config.alpha_q * L_Q
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return L_W.detach(), L_GP.detach(), norm.detach(), L_S.detach()
 
 
-def generator_step(state: State, batch: Batch, s_macro: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """One Adam step of G through the updated D, which stays as it is; returns -E[D(s')] and L_S of s'."""
-    nets = (state.D, state.A)  # detached, or the way back would lead to their parameters as well
-    D_sn, A_sn = ({k: p.detach() for k, p in spectral_norm(net, iterate=False).items()} for net in nets)
+def generator_step(state: State, batch: Batch, s_macro: torch.Tensor, optimizer) -> tuple:
+    """One step of G through the updated D, which stays as it is; returns -E[D(s')], L_S(s') and any L_Q."""
+    # Detached, or the way back would lead to the parameters of D and its heads as well.
+    nets = networks(state)[1:]
+    D_sn, A_sn, *Q_sn = ({k: p.detach() for k, p in spectral_norm(net, False).items()} for net in nets)
     with mixed_precision(state):
-        score, h = functional_call(state.D, D_sn, (s_macro, batch.c_macro))
+        score, h = functional_call(state.D, D_sn, (s_macro, batch.c_generated))
     L_G = -score.mean()  # the part of L_W that G can change
-    L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h,)))
-    state.opt_G.zero_grad()
-    (L_G + state.config.alpha_s * L_S).backward()
-    state.opt_G.step()
-    return L_G.detach(), L_S.detach()
+    L_S = spatial_consistency(batch.c_generated, functional_call(state.A, A_sn, (h,)))
+    losses, loss = [L_G, L_S], L_G + state.config.alpha_s * L_S
+    if state.config.guided:
+        L_Q = content_consistency(batch.z, functional_call(state.Q, *Q_sn, (h,)))
+        losses, loss = [*losses, L_Q], loss + state.config.alpha_q * L_Q
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return tuple(L.detach() for L in losses)
 
 
-LOSSES = ("L_W", "L_GP", "L_S_real", "L_G", "L_S_generated")
+LOSSES = ("L_W", "L_GP", "gradient_norm", "L_S_real", "L_G", "L_S_generated", "L_Q")
 
 
 def train_step(state: State, batch: Batch) -> torch.Tensor:
-    """One step of D and one of G, which share the generated macro patches; returns the five LOSSES, (5,)."""
+    """One step of D and one of G, which share the generated macro patches; returns the LOSSES, 6 or 7."""
     G_sn = spectral_norm(state.G, iterate=True)
     s_macro = generate_macro(state, G_sn, batch)
-    losses = discriminator_step(state, batch, s_macro)
+    optimizers = [state.opt_D, state.opt_Q] if state.config.guided else [state.opt_D]
+    losses = discriminator_step(state, batch, s_macro, *optimizers)
     update_average(state, G_sn)  # before Adam changes those of them that are not normalised
-    losses += generator_step(state, batch, s_macro)
+    losses += generator_step(state, batch, s_macro, state.opt_G)
     state.step += 1
     return torch.stack(losses)
+
+
+def step_beyond(state: State, batch: Batch) -> None:
+    """One step of post-training, on macro patches that reach beyond the borders (appendix E).
+
+    A second pair of Adams trains D and G's first two blocks only. No real image goes on beyond its borders:
+    D compares with real macro patches from within.
+    """
+    s_macro = generate_macro(state, spectral_norm(state.G, iterate=True), batch)
+    discriminator_step(state, batch, s_macro, state.opt_D_beyond)
+    generator_step(state, batch, s_macro, state.opt_G_beyond)
 
 
 @torch.no_grad()
@@ -636,7 +743,10 @@ def mixed_precision(state: State) -> torch.autocast:
 # ----------------------------------------------------------------------------------------------------------
 
 FORMAT = "coco-gan checkpoint 1"
-STATEFUL = ("G", "G_average", "D", "A", "opt_G", "opt_D")
+STATEFUL = ("G", "G_average", "D", "A", "Q", "opt_G", "opt_D", "opt_Q", "opt_G_beyond", "opt_D_beyond")
+BEYOND = ("opt_G_beyond", "opt_D_beyond")
+STEPS_BEYOND = 5_000  # of post-training at most, unless --steps says otherwise
+EVAL_EVERY = 10_000
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -661,13 +771,26 @@ def memory(advice: str):
         raise UserError(advice) from error
 
 
+def stateful(state: State) -> dict:
+    """The networks and optimizers that there are, by name."""
+    return {name: getattr(state, name) for name in STATEFUL if getattr(state, name) is not None}
+
+
 def save_checkpoint(state: State, run: Path, fingerprint: str, keep: int) -> Path:
-    """Write all of the state as one file, whole or not at all, and delete all but the newest `keep` files."""
+    """Save as the run's newest checkpoint, and delete all but the newest `keep` of them."""
     path = run / f"checkpoint-{state.step:09d}.pt"
+    write_checkpoint(state, path, fingerprint)
+    for old in checkpoints(run)[:-keep]:
+        old.unlink()
+    return path
+
+
+def write_checkpoint(state: State, path: Path, fingerprint: str) -> None:
+    """Write all of the state as one file, whole or not at all."""
     contents = {"format": FORMAT, "config": dataclasses.asdict(state.config), "step": state.step}
     contents |= {"images": fingerprint, "rng": state.rng.get_state()}
-    contents |= {name: getattr(state, name).state_dict() for name in STATEFUL}
-    temporary = run / "checkpoint.tmp"
+    contents |= {name: part.state_dict() for name, part in stateful(state).items()}
+    temporary = path.with_name("checkpoint.tmp")
     with open(temporary, "wb") as file:
         try:
             torch.save(contents, file)
@@ -676,9 +799,6 @@ def save_checkpoint(state: State, run: Path, fingerprint: str, keep: int) -> Pat
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    for old in checkpoints(run)[:-keep]:
-        old.unlink()
-    return path
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -772,11 +892,12 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
     return G.to(device).requires_grad_(False).eval()
 
 
-def restore(state: State, contents: dict, path: Path) -> None:
-    """Put everything back to where it was when the checkpoint was written."""
+def restore(state: State, contents: dict, path: Path, anew: tuple[str, ...] = ()) -> None:
+    """Put everything back to where it was when the checkpoint was written, but for what begins `anew`."""
     with fitting(path):
-        for name in STATEFUL:
-            getattr(state, name).load_state_dict(contents[name])
+        for name, part in stateful(state).items():
+            if name not in anew:
+                part.load_state_dict(contents[name])
         state.rng.set_state(contents["rng"])
         state.step = contents["step"]
 
@@ -839,7 +960,7 @@ def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
         row, column = bad[0].tolist()
         step = state.step - len(losses) + 1 + row
         where = f"{LOSSES[column]} is {losses[row, column].item()} at step {step:,}"
-    elif not all(p.isfinite().all() for net in (state.G, state.D, state.A) for p in net.parameters()):
+    elif not all(p.isfinite().all() for net in networks(state) for p in net.parameters()):
         where = f"a weight is not finite after step {state.step:,}"  # by a gradient, behind finite losses
     if where:
         good = checkpoints(run)
@@ -848,20 +969,20 @@ def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
     return losses.mean(dim=0)
 
 
-def log(state: State, means: torch.Tensor, variety, seconds: float, steps: int, run: Path, board) -> None:
+def log(state: State, means: torch.Tensor, seen: dict, seconds: float, steps: int, run: Path, board) -> None:
     """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
     rate = steps / seconds
     left = (state.config.steps - state.step) / rate
     entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
     entry |= dict(images_per_second=round(rate * state.config.batch_size, 2), seconds_left=round(left, 1))
     entry |= {name: float(mean) for name, mean in zip(LOSSES, means)}
-    entry |= {} if variety is None else dict(azimuth_variety=variety)
-    entry["peak_memory_mb"] = peak_memory(state.device)
+    entry |= {**seen, "peak_memory_mb": peak_memory(state.device)}
     minutes = f"{left // 3600:.0f}h {left // 60 % 60:02.0f}m" if left >= 3600 else f"{left / 60:.1f} min"
     done = f"step {state.step:,}  {entry['images']:,} images  {entry['images_per_second']:,.0f}/s"
     losses = f"L_W {entry['L_W']:.3f}  L_GP {entry['L_GP']:.3f}  L_S real {entry['L_S_real']:.3f}"
     losses += f" generated {entry['L_S_generated']:.3f}"
-    losses += "" if variety is None else f"  variety {variety:.2f}"
+    losses += f"  L_Q {entry['L_Q']:.3f}" if "L_Q" in entry else ""
+    losses += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in seen.items())
     print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -890,11 +1011,17 @@ def tensorboard(run: Path, step: int):
     return SummaryWriter(str(run), purge_step=step + 1)
 
 
+def logged(run: Path) -> list[dict]:
+    """The entries of log.jsonl; a last line that was cut short is none."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def forget_log_after(run: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run goes on from: those steps come again."""
     path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [json.dumps(entry) + "\n" for entry in logged(run) if entry["step"] <= step]
     path.with_name("log.tmp").write_text("".join(kept))
     os.replace(path.with_name("log.tmp"), path)
 
@@ -940,22 +1067,63 @@ def micro_patches(G: Generator, z: torch.Tensor, i, j, batch_size: int | None = 
     return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
 
 
-def image_row(G: Generator, z: torch.Tensor, i: int, batch_size: int | None = None) -> torch.Tensor:
-    """Row i of the micro patches of full images: (B, z_dim) -> (B, 3, S, width)."""
-    K = G.config.K
-    j = torch.arange(K).repeat(len(z))
+def image_row(G: Generator, z: torch.Tensor, i: int, batch_size=None, across: int = 0) -> torch.Tensor:
+    """Row i of the micro patches of full images: (B, z_dim) -> (B, 3, S, width + 2·across·S)."""
+    columns = torch.arange(-across, G.config.K + across)
+    K, j = len(columns), columns.repeat(len(z))
     patches = micro_patches(G, z.repeat_interleave(K, dim=0), torch.full_like(j, i), j, batch_size)
     return merge_patches(patches, 1, K)
 
 
-def full_image(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+def full_image(G: Generator, z, batch_size: int | None = None, ring: tuple[int, int] = (0, 0)):
     """s = φ(G(z, C''_full)): full images, each from the R·K patches of its own latent vector.
 
-    Args: z (B, z_dim) in [-1, 1], any device; batch_size: micro patches at a time.
-    Returns: (B, 3, height, width) float32 in [-1, 1], on the device of G.
+    Args: z (B, z_dim) in [-1, 1], any device; batch_size: micro patches at a time; ring: how many more of
+    them beyond the upper and lower, and beyond the left and right border (section 3.3).
+    Returns: (B, 3, height + 2·ring[0]·S, width + 2·ring[1]·S) float32 in [-1, 1], on the device of G.
     Source: section 2, "testing phase"; appendix B, "Testing Only".
     """
-    return torch.cat([image_row(G, z, i, batch_size) for i in range(G.config.R)], dim=2)
+    down, across = ring
+    rows = range(-down, G.config.R + down)
+    return torch.cat([image_row(G, z, i, batch_size, across) for i in rows], dim=2)
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def framed(images: np.ndarray, top: int, left: int, height: int, width: int, colour) -> np.ndarray:
+    """A copy of images (n, H, W, 3) uint8 with a rectangle outlined, a pixel outside it if there is one."""
+    images, (H, W) = images.copy(), images.shape[1:3]
+    first, last = max(top - 1, 0), min(top + height, H - 1)
+    start, end = max(left - 1, 0), min(left + width, W - 1)
+    images[:, [first, last], start : end + 1] = colour
+    images[:, first : last + 1, [start, end]] = colour
+    return images
+
+
+def with_ring(G: Generator, z: torch.Tensor, ring: tuple[int, int], batch_size=None) -> np.ndarray:
+    """Full images with a ring of micro patches beyond, what was trained framed in red (figure 7): uint8."""
+    images, S = to_uint8(full_image(G, z, batch_size, ring)), G.config.S
+    return framed(images, ring[0] * S, ring[1] * S, G.config.height, G.config.width, RED)
+
+
+def ring_seams(images: np.ndarray, S: int, ring: tuple[int, int]) -> tuple[float, float]:
+    """How visible the borders of micro patches are, those of the ring and those inside (appendix E).
+
+    Each border: the mean absolute difference across it over that of neighbours within the patches on either
+    side; their means. Post-training has done its work when the ring's is no larger than that inside.
+
+    Args: images (n, H, W, 3) uint8, with the ring. Returns: ring, inside; NaN where there is no border.
+    """
+    beyond, within = [], []
+    for axis, extra in zip((1, 2), ring):
+        steps = np.abs(np.diff(images.astype(np.int16), axis=axis)).mean((0, 3 - axis, 3))  # (lines - 1,)
+        last = len(steps) // S
+        for border in range(1, last + 1):
+            around = steps[(border - 1) * S : (border + 1) * S - 1]
+            seam = around[S - 1] / np.delete(around, S - 1).mean()
+            (beyond if min(border, last + 1 - border) <= extra else within).append(seam)
+    return tuple(float(np.mean(seams)) if seams else math.nan for seams in (beyond, within))
 
 
 class Scene:
@@ -1146,48 +1314,81 @@ def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device = choose_device(args.device)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
-    if args.resume is None:
+    if args.resume is None and args.source is None:
         preset, why = choose_preset(args, device, given.get("data", Config.data))
         config, contents = Config(**{**PRESETS[preset], **given}), None
         check_config(config)
+        if any(config.ring):
+            raise UserError(
+                f"--extrapolate {config.extrapolate} goes on from a trained model; add --from RUN"
+            )
         print(f"preset {preset} ({why}), on {device}")
     else:
-        path = find_checkpoint(args.resume or None, "--resume", args.panorama)
-        run, (contents, config) = path.parent, read_checkpoint(path)
-        if "G" not in contents:
-            raise UserError(f"--resume {path} holds averaged weights only, which cannot be trained further")
-        if checkpoints(run)[-1:] != [path]:
-            hint = f"give {run}, or copy it, as it is named, to a new folder to branch off"
-            raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
-        config = resumed_config(config, given, args)
-        if contents["step"] >= config.steps:
-            raise UserError(f"{run} has done {contents['step']} steps already; give more by --steps to go on")
+        path, contents, config = trained_before(args, given)
     check_panorama(args, config, "this run")
     if args.dry_run:
         return dry_run(config)
 
     how = dict(crop=config.crop, cache=args.cache, workers=args.workers or 0, panorama=config.closed[1])
-    stored = load_images(config.data, config.height, config.width, **how)
+    stored = load_images(config.data, config.height, config.width, seed=config.seed, **how)
     if config.holdout >= len(stored):
         raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
-    fingerprint, new = fingerprint_of(stored), contents is None
-    if not new and contents["images"] != fingerprint:
-        raise UserError(f"--data {config.data} has other images than {run} was trained on")
-    if new:
-        run = new_run(args.run, preset)
+    fingerprint = fingerprint_of(stored)
+    if contents is not None and contents["images"] != fingerprint:
+        raise UserError(f"--data {config.data} has other images than {path} was trained on")
+    if args.resume is None:
+        run = new_run(args.run, preset if args.source is None else "extrapolate")
+    else:
+        run = path.parent
     advice = f"--batch-size {config.batch_size} does not fit in the memory of {device}; "
-    advice += f"try --batch-size {max(config.batch_size // 2, 2)}" + ("" if new else " in a new run")
+    advice += f"try --batch-size {max(config.batch_size // 2, 2)}" + (" in a new run" if contents else "")
     with lock_run(run), writing("--run", run), memory(advice):
-        if not new and checkpoints(run)[-1] != path:
+        if args.resume is not None and checkpoints(run)[-1] != path:
             raise UserError(f"--run {run} was trained further just now; start this command again")
         state = new_state(config, device)
-        if new or not (run / "config.json").exists():  # a copy of a checkpoint may have come without it
+        # A copy of a checkpoint may have come without it.
+        if args.resume is None or not (run / "config.json").exists():
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-        if not new:
-            restore(state, contents, path)
+        if contents is not None:
+            restore(state, contents, path, anew=() if args.source is None else BEYOND)
             forget_log_after(run, state.step)
         del contents
         return train_loop(state, stored, fingerprint, run, args)
+
+
+def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, Config]:
+    """The checkpoint that --resume goes on with or --from branches off: its path, contents, configuration."""
+    if args.resume is not None and args.source is not None:
+        raise UserError("--from begins a new run and --resume goes on with one; give one of them")
+    if args.source is not None and "extrapolate" not in given:
+        raise UserError(
+            "--from is for post-training; add --extrapolate 1, or give --resume to go on with a run"
+        )
+    name, where = ("--resume", args.resume or None) if args.source is None else ("--from", args.source)
+    path = find_checkpoint(where, name, args.panorama)
+    contents, config = read_checkpoint(path)
+    if "G" not in contents:
+        raise UserError(f"{name} {path} holds averaged weights only, which cannot be trained further")
+    if name == "--resume" and checkpoints(path.parent)[-1:] != [path]:
+        hint = f"give {path.parent}, or copy it, as it is named, to a new folder to branch off"
+        raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
+    again = ("steps", "data") if name == "--resume" else ("steps", "data", "extrapolate")
+    if args.preset is not None or (args.run is not None and name == "--resume"):
+        what = "preset" if args.preset is not None else "run"
+        raise UserError(f"--{what} cannot be given with {name}, which keeps the run's; leave it out")
+    for field, value in given.items():
+        if field not in again and value != getattr(config, field):
+            was = f"{flag(field)} was {getattr(config, field)} in {path} and is now {value}"
+            raise UserError(f"{was}; leave it out, or start a new run without {name}")
+    if name == "--from":
+        given.setdefault("steps", contents["step"] + STEPS_BEYOND)
+    config = dataclasses.replace(config, **{field: given[field] for field in again if field in given})
+    check_config(config)
+    if name == "--from" and not any(config.ring):
+        raise UserError(f"--extrapolate {config.extrapolate} adds nothing to train; give 1 or more")
+    if contents["step"] >= config.steps:
+        raise UserError(f"{path} has done {contents['step']} steps already; give more by --steps to go on")
+    return path, contents, config
 
 
 def check_panorama(args: argparse.Namespace, config: Config, what: str) -> None:
@@ -1198,7 +1399,7 @@ def check_panorama(args: argparse.Namespace, config: Config, what: str) -> None:
 
 def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, args) -> int:
     config, device = state.config, state.device
-    numbers, _ = split(len(stored), config.holdout)
+    numbers, held_out = split(len(stored), config.holdout)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
         images = torch.from_numpy(stored)
@@ -1207,49 +1408,113 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
+    measure = evaluation(state.G_average, stored, held_out if config.holdout else numbers, args)
+    best = min((entry["swd"] for entry in logged(run) if "swd" in entry), default=math.inf)
 
     some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
     real_variety = azimuth_variety(some, config.S) if config.closed[1] and config.K > 1 else 0
 
-    def show() -> float | None:
-        """Draw the picture of this step; returns the azimuth variety, 1 if as that of real images, if any."""
-        images = to_uint8(full_image(state.G_average, z_shown))
-        save_picture(grid(images), run / f"sample-{state.step:09d}.png")
-        return azimuth_variety(images, config.S) / real_variety if real_variety else None
+    def show() -> dict[str, float]:
+        """Draw the picture of this step; returns what is seen in it, for the log.
 
-    if state.step == 0:
+        azimuth_variety: 1 if as that of real images. ring_seam, inner_seam: see `ring_seams`.
+        """
+        images = to_uint8(full_image(state.G_average, z_shown, ring=config.ring))
+        seen = {}
+        if real_variety:
+            seen["azimuth_variety"] = azimuth_variety(images, config.S) / real_variety
+        if any(config.ring):
+            seen |= zip(("ring_seam", "inner_seam"), ring_seams(images, config.S, config.ring))
+            top, left = (e * config.S for e in config.ring)
+            images = framed(images, top, left, config.height, config.width, RED)
+        save_picture(grid(images), run / f"sample-{state.step:09d}.png")
+        return seen
+
+    if not checkpoints(run):
         batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
         save_picture(grid(to_uint8(batch.x_macro[:64])), run / "real-macro.png")
         save_picture(grid(stored[numbers[:24].numpy()]), run / "real.png")
-    variety = show()
-    parameters = sum(p.numel() for net in (state.G, state.D, state.A) for p in net.parameters())
+    seen = show()
+    parameters = sum(p.numel() for net in networks(state) for p in net.parameters())
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    losses, started, first = [], time.monotonic(), state.step  # losses: (5,) a step since the last look
+    losses, started, first = (
+        [],
+        time.monotonic(),
+        state.step,
+    )  # losses: (6,) or (7,) a step since the last look
     with stop_signals() as signals, tensorboard(run, state.step) as board:
-        while state.step < config.steps:
+        last = False
+        while not last:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
+            if any(config.ring):
+                step_beyond(state, draw_batch(config, images, numbers, state.rng, device, config.ring))
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
-            last = state.step == config.steps or bool(signals)
-            logging = last or state.step % args.log_every == 0
+            drawing = state.step % args.sample_every == 0
+            if drawing:
+                seen = show()
+            # Post-training ends when the borders of the ring show no more than those inside.
+            seamless = drawing and seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
+            last = state.step == config.steps or bool(signals) or seamless
+            measuring = measure is not None and state.step % (args.eval_every or EVAL_EVERY) == 0
+            logging = last or measuring or state.step % args.log_every == 0
             saving = last or state.step % args.save_every == 0
             if logging or saving:  # only here a GPU is waited for
                 means = check_finite(torch.stack(losses).cpu().double(), state, run)
                 losses.clear()
-            if last or state.step % args.sample_every == 0:
-                variety = show()
+            if last and not drawing:
+                seen = show()
+            figures = measure() if measuring else {}
+            if figures.get("swd", math.inf) < best:
+                best = figures["swd"]
+                write_checkpoint(state, run / "best.pt", fingerprint)
             if logging:
-                log(state, means, variety, time.monotonic() - started, state.step - first, run, board)
+                entry = {**seen, **figures}
+                log(state, means, entry, time.monotonic() - started, state.step - first, run, board)
             if saving:
                 path = save_checkpoint(state, run, fingerprint, args.keep)
-            if last:
-                break
-    if state.step < config.steps:
+    if signals and state.step < config.steps:
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
         return 128 + signals[0]
-    print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {run}")
+    if seamless:
+        print("the borders of the ring show no more than those inside")
+    more = f"{run} --extrapolate {config.extrapolate}" if any(config.ring) else run
+    print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0
+
+
+def evaluation(G: Generator, stored: np.ndarray, numbers: torch.Tensor, args):
+    """A function that compares images of G with real ones, those of `numbers`; None if there is to be none.
+
+    It returns swd, the sliced Wasserstein distance x 1,000, and seam_ratio, of as many latents as images,
+    the same every time, and leaves all that training uses as it is.
+    """
+    config, why = G.config, None
+    if importlib.util.find_spec("experiments") is None:
+        why = "needs the folder experiments/ beside coco_gan.py"
+    elif min(config.height, config.width) < 16:
+        why = "needs images of at least 16 pixels a side"
+    if why is not None:
+        if args.eval_every is None:
+            return None
+        raise UserError(f"--eval-every {args.eval_every} {why}; leave it out")
+    from experiments.metrics import in_training
+
+    count = min(args.eval_count, len(numbers))
+    chosen = numbers[split(len(numbers), count)[1]].numpy()
+
+    def generate(first: int, last: int) -> np.ndarray:
+        return to_uint8(full_image(G, latents(range(first, last), config.z_dim)))
+
+    def measure() -> dict[str, float]:
+        try:
+            return in_training(generate, stored[chosen], config.S, config.closed, next(G.parameters()).device)
+        except ValueError as error:  # images without any contrast have no distance; that need not end a run
+            print(f"not evaluated: {error}", flush=True)
+            return {}
+
+    return measure
 
 
 def choose_device(name: str) -> torch.device:
@@ -1284,20 +1549,6 @@ def choose_preset(args: argparse.Namespace, device: torch.device, data: str) -> 
     return "small", "the default for photographs on a CPU; --preset names another"
 
 
-def resumed_config(config: Config, given: dict, args: argparse.Namespace) -> Config:
-    """The checkpoint's configuration, with what may be given anew: how long to train, where the data lies."""
-    for name in ("preset", "run"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} cannot be given with --resume, which keeps the run's; leave it out")
-    for name, value in given.items():
-        if name not in ("steps", "data") and value != getattr(config, name):
-            was = f"{flag(name)} was {getattr(config, name)} in the run to resume and is now {value}"
-            raise UserError(f"{was}; leave it out, or start a new run without --resume")
-    config = dataclasses.replace(config, **{name: given[name] for name in ("steps", "data") if name in given})
-    check_config(config)
-    return config
-
-
 def dry_run(config: Config) -> int:
     """Print the configuration, every layer's shape, the parameters and the memory, about; make nothing."""
     for name, value in dataclasses.asdict(config).items():
@@ -1310,13 +1561,16 @@ def dry_run(config: Config) -> int:
     with torch.device("meta"):  # shapes without memory
         nets = dict(G=Generator(config), D=Discriminator(config))
         nets["A"] = Head(nets["D"].linear.in_features, config.c_dim)
+        if config.guided:
+            nets["Q"] = Head(nets["D"].linear.in_features, config.z_dim)
         for net_name, net in nets.items():
             for name, module in net.named_modules():
                 module.register_forward_hook(note(f"{net_name}.{name}".rstrip(".")))
         c = torch.empty(2, config.c_dim)
         nets["G"](torch.empty(2, config.z_dim), c)
         _, h = nets["D"](torch.empty(2, 3, config.N * config.S, config.M * config.S), c)
-        nets["A"](h)
+        for name in nets.keys() - {"G", "D"}:
+            nets[name](h)
     values = dict.fromkeys(nets, 0)
     for name, kind, output in rows:
         output = output[0] if isinstance(output, tuple) else output
@@ -1360,17 +1614,31 @@ def sample(args: argparse.Namespace) -> int:
     if args.turns > 1 and not any(config.closed):
         raise UserError(f"--turns {args.turns} repeats images whose borders meet, and {path} is on a plane")
     window = parse_viewport(args.viewport, config, 1 if folder else len(seeds))
+    ring = parse_ring(args.extrapolate, config)
+    if any(ring) and (args.patches or window or args.turns > 1):
+        other = "--patches" if args.patches else "--viewport" if window else "--turns"
+        raise UserError(f"--extrapolate {args.extrapolate} cannot go with {other}; leave one of them out")
+    if any(extra > trained for extra, trained in zip(ring, config.ring)):
+        trained = "no ring" if not any(config.ring) else f"a ring of {config.extrapolate}"
+        print(f"warning: {path} was post-trained for {trained}; the borders beyond may show", file=sys.stderr)
 
-    height, width = window[2:] if window else (config.height, config.width)
     down, across = (args.turns if closed else 1 for closed in config.closed)
+    height, width = (
+        config.height * down + 2 * ring[0] * config.S,
+        config.width * across + 2 * ring[1] * config.S,
+    )
+    if window:
+        height, width = window[2:]
 
     def draw(z: torch.Tensor, names: list[Path]) -> None:
         """One picture of all, or one of each."""
-        columns = grid_columns(len(z), height * down, width * across)
+        columns = grid_columns(len(z), height, width)
         if args.patches:
             save_picture(figure_3(G, z, B), names[0])
-        elif window or len(names) > 1:
-            if window:
+        elif window or any(ring) or len(names) > 1:
+            if any(ring):
+                images = with_ring(G, z, ring, B)
+            elif window:
                 scenes = [Scene(G, one, B) for one in z.split(1)]
                 images = np.stack([scene.viewport(*window) for scene in scenes])
                 print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
@@ -1383,7 +1651,7 @@ def sample(args: argparse.Namespace) -> int:
         else:
             save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), names[0])
 
-    together = max(1, 2**20 // (height * down * width * across)) if folder else len(z)
+    together = max(1, 2**20 // (height * width)) if folder else len(z)
     advice = (
         f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
     )
@@ -1484,6 +1752,7 @@ def build_parser() -> Parser:
     )
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)")
+    add("--from", dest="source", metavar="RUN", help="post-train what a run has learned, with --extrapolate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
     add("--workers", type=positive, metavar="N", help="processes that decode (default: one per core)")
@@ -1503,6 +1772,19 @@ def build_parser() -> Parser:
         help="steps between checkpoints (default: 1000)",
     )
     add("--keep", type=positive, default=2, metavar="K", help="newest checkpoints to keep (default: 2)")
+    add(
+        "--eval-every",
+        type=positive,
+        metavar="N",
+        help=f"steps between measurements of the distance to real images (default: {EVAL_EVERY})",
+    )
+    add(
+        "--eval-count",
+        type=positive,
+        default=2048,
+        metavar="M",
+        help="images that are compared then (default: 2048)",
+    )
     add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
     text = "configuration: the defaults are the paper's where it gives one; presets change some"
     add = train_parser.add_argument_group(text).add_argument
@@ -1532,6 +1814,12 @@ def build_parser() -> Parser:
     add("--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does")
     add(
         "--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet (default: 1)"
+    )
+    add(
+        "--extrapolate",
+        default="0",
+        metavar="N",
+        help="also draw so many micro patches beyond the borders, of the image framed in red; 1,0: only down",
     )
     add(
         "--viewport", metavar="TOP,LEFT,HEIGHT,WIDTH", help="generate only this part of the images, in pixels"

@@ -49,7 +49,7 @@ except ImportError:  # Windows has no advisory locks, and needs none: it deletes
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Pillow goes by content, not by name. Only these readers, or a .jpg that is PostScript starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-CROPS = ("center", "celeba", "squash")
+CROPS = ("center", "celeba", "squash", "celeba-syn")
 CACHE_VERSION = 1  # raise it when the same input gives other pixels than before
 HEADER_BYTES = 128  # NumPy pads headers to multiples of 64, and ours always have 65 to 128 bytes
 MAX_FILE_BYTES = 2**30  # nothing within Pillow's pixel limit comes near it; a zip bomb goes beyond
@@ -74,6 +74,7 @@ def load_images(
     workers: int = 0,
     toy_count: int = 4096,
     panorama: bool = False,
+    seed: int = 0,
 ) -> np.ndarray:
     """Map the images of a source, all cut to one size, decoding them first where no earlier call did.
 
@@ -81,11 +82,13 @@ def load_images(
         source: a folder or a zip of photographs, or "toy:faces".
         height, width: size of every image in px.
         crop: "center", the largest centred rectangle of the wanted shape; "celeba", the paper's rows 50 to
-            177 and columns 25 to 152 of an aligned 178 x 218 image; "squash", the whole image, out of shape.
+            177 and columns 25 to 152 of an aligned 178 x 218 image; "squash", the whole image, out of shape;
+            "celeba-syn", as "celeba", but moved away by what displacement gives for each image.
         cache: folder of the decoded file.
         workers: number of decoding processes, 0 for one per core.
         toy_count: how many toy images to draw.
         panorama: whether panoramas are wanted, so that cube maps would be a mistake.
+        seed: of the displacements of "celeba-syn"; the other crops leave nothing to chance.
 
     Returns: np.memmap (n, height, width, 3), uint8, RGB, read-only, in the order of the sorted names.
     Raises: UserError.
@@ -95,6 +98,9 @@ def load_images(
     source, toy = os.path.expanduser(source), source.startswith("toy:")
     if toy and source not in TOYS:
         raise UserError(f"--data {source} is unknown; choose one of {', '.join(TOYS)}")
+    elif toy and crop != "center":
+        why = f"--crop {crop} is for photographs, and --data {source} is drawn in the size that is wanted"
+        raise UserError(f"{why}; leave out --crop, or give photographs")
     elif toy:
         identity = f"{source} {toy_count}"
     elif os.path.isdir(source):
@@ -106,7 +112,7 @@ def load_images(
     else:
         raise UserError(_missing(source))
 
-    cut = f"{height}x{width}-{crop}"
+    cut = f"{height}x{width}-{crop}" + (f"-{seed}" if crop == "celeba-syn" else "")
     key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {identity}")).hexdigest()[:16]
     title = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
     path = Path(cache) / f"{title}-{cut}-{key}.npy"
@@ -134,7 +140,8 @@ def load_images(
                 )
             if not names:
                 raise UserError(f"--data {source} holds no image; looked for {' '.join(ENDINGS)} in any case")
-            count, blocks = len(names), _decode_all(sorted(names), read, height, width, crop, workers)
+            count, how = len(names), (height, width, crop, seed)
+            blocks = _decode_all(sorted(names), read, how, workers)
         _store(path, stack.enter_context(contextlib.closing(blocks)), count, height, width)
     return _open_map(path)
 
@@ -233,23 +240,44 @@ def _missing(source: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def decode_image(data: bytes, height: int, width: int, crop: str) -> np.ndarray:
+def displacement(seed: int, name: str) -> tuple[int, int]:
+    """How far CelebA-syn moves the cut out of an image: dx and dy, px, each uniform on -25, -24 … 25.
+
+    It follows from the seed and the image's name below its folder or in its zip, and from nothing else: what
+    other images there are, their order and the number of workers change nothing.
+    Source: section 3.8, which says nothing of whole pixels; a cut between them would blur.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()
+    dx, dy = (int.from_bytes(part, "big") % 51 - 25 for part in (digest[:16], digest[16:]))
+    return dx, dy
+
+
+def decode_displaced(file: tuple[str, bytes], height: int, width: int, seed: int) -> np.ndarray:
+    """As decode_image, of the name and bytes of an image of CelebA-syn."""
+    name, data = file
+    return decode_image(data, height, width, "celeba-syn", *displacement(seed, name))
+
+
+def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, dy: int = 0) -> np.ndarray:
     """Turn the bytes of an image file into upright RGB pixels of one size.
 
     Args:
         data: the whole file.
         height, width: size of the result in px.
         crop: see load_images.
+        dx, dy: how far to the right and down the cut of "celeba-syn" is moved, in px.
 
     Returns: (height, width, 3), uint8.
-    Raises: ValueError where "celeba" does not fit, and whatever Pillow raises for files that it can't read.
+    Raises: ValueError where "celeba" or "celeba-syn" does not fit, and whatever Pillow raises for files that
+        it can't read.
     """
     image = _read_rgb(data)
     w, h = image.size
-    if crop == "celeba":
+    if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
-            raise ValueError(f"is {w} x {h}, but --crop celeba needs the aligned 178 x 218")
-        box = (25, 50, 25 + 128, 50 + 128)
+            raise ValueError(f"is {w} x {h}, but --crop {crop} needs the aligned 178 x 218")
+        left, top = 25 + dx, 50 + dy
+        box = (left, top, left + 128, top + 128)
     elif crop == "squash":
         box = (0, 0, w, h)
     else:
@@ -319,11 +347,19 @@ def _serve() -> None:
 
 
 def _decode_all(
-    names: list[str], read: Callable[[str], bytes], height: int, width: int, crop: str, workers: int
+    names: list[str], read: Callable[[str], bytes], how: tuple[int, int, str, int], workers: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield the pixels of the images in the order of their names, each block with the count it stands for."""
+    """Yield the pixels of the images in the order of their names, each block with the count it stands for.
+
+    Args: how: height, width, crop and seed, see load_images.
+    """
+    height, width, crop, seed = how
     per_chunk, skipped = max(1, min(64, 2**21 // (height * width * 3))), []
-    blocks = _in_processes("decode_image", (height, width, crop), names, read, per_chunk, workers)
+    if crop == "celeba-syn":  # the only one for which a name means something
+        work = "decode_displaced", (height, width, seed), names, lambda name: (name, read(name))
+    else:
+        work = "decode_image", (height, width, crop), names, read
+    blocks = _in_processes(*work, per_chunk, workers)
     with contextlib.closing(blocks):
         for pixels, count, bad in blocks:
             skipped += bad

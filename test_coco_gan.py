@@ -129,6 +129,16 @@ def test_presets_are_valid(name):
         (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, bf16"),
         (dict(crop="centre"), "--crop centre is unknown; give center"),
         (dict(topology="sphere"), "--topology sphere is unknown; give plane, cylinder, torus"),
+        (
+            dict(extrapolate="one"),
+            "--extrapolate one is no width of a ring; give micro patches, like 1 or 1,0",
+        ),
+        (dict(extrapolate="-1"), "--extrapolate -1 is no width"),
+        (dict(topology="cylinder", extrapolate="1,1"), "--extrapolate 1,1: borders of a cylinder that meet"),
+        (
+            dict(topology="torus", extrapolate="1"),
+            "--extrapolate 1: borders of a torus that meet have nothing",
+        ),
         (dict(topology="cylinder", M=5, width=64), "--width and --S give 4 micro patches; try --M 4"),
     ],
 )
@@ -426,11 +436,26 @@ def test_spatial_consistency_sums_over_coordinates():
     assert coco_gan.spatial_consistency(c, estimate) == 12.5
 
 
+def test_coordinates_outside_have_no_spatial_loss():
+    c = torch.tensor([[0.0, 1.0], [1.01, 0.0], [0.0, -2.0], [-1.0, 1.0]])
+    estimate = torch.zeros(4, 2, requires_grad=True)
+    loss = coco_gan.spatial_consistency(c, estimate)
+    assert loss == 0.75  # 1 + 2 of the first and the last, over all four
+    (gradient,) = torch.autograd.grad(loss, estimate)
+    assert gradient.tolist() == [[0, -0.5], [0, 0], [0, 0], [0.5, -0.5]]
+
+
+def test_content_consistency_is_the_mean_over_the_values_of_z():
+    z, estimate = torch.tensor([[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.5]] * 2)
+    torch.testing.assert_close(coco_gan.content_consistency(z, estimate), torch.tensor(4.5 / 6))
+
+
 def test_gradient_penalty_of_a_linear_d():
     w = torch.randn(3, 4, 5, requires_grad=True)
     x, s = torch.randn(2, 6, 3, 4, 5)
-    penalty = coco_gan.gradient_penalty(lambda t: (t * w).sum((1, 2, 3)), x, s, torch.rand(6))
+    penalty, norm = coco_gan.gradient_penalty(lambda t: (t * w).sum((1, 2, 3)), x, s, torch.rand(6))
     torch.testing.assert_close(penalty, (w.norm() - 1) ** 2)
+    torch.testing.assert_close(norm, w.norm())
     (gradient,) = torch.autograd.grad(penalty, w)
     torch.testing.assert_close(gradient, 2 * (w.norm() - 1) * w / w.norm())
 
@@ -438,10 +463,11 @@ def test_gradient_penalty_of_a_linear_d():
 def test_gradient_penalty_is_taken_between_the_pairs_of_samples():
     """D = |t|²/2 has the gradient ŝ' itself."""
     x, s, epsilon = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2, requires_grad=True), torch.rand(5)
-    penalty = coco_gan.gradient_penalty(lambda t: t.square().sum((1, 2, 3)) / 2, x, s, epsilon)
+    penalty, norm = coco_gan.gradient_penalty(lambda t: t.square().sum((1, 2, 3)) / 2, x, s, epsilon)
     between = [e * b + (1 - e) * a for a, b, e in zip(x, s, epsilon)]
     expected = torch.stack([(t.norm() - 1) ** 2 for t in between]).mean()
     torch.testing.assert_close(penalty, expected.detach(), check_stride=False)
+    torch.testing.assert_close(norm, torch.stack([t.norm() for t in between]).mean().detach())
     assert torch.autograd.grad(penalty, s, allow_unused=True) == (None,)  # no way back to G
 
 
@@ -450,45 +476,62 @@ def test_gradient_penalty_is_taken_between_the_pairs_of_samples():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def new_state_and_batch(config=UNEVEN):
+def new_state_and_batch(config=UNEVEN, ring=(0, 0)):
     state = coco_gan.new_state(config, CPU)
     images = torch.randint(0, 256, (6, config.height, config.width, 3), dtype=torch.uint8)
-    return state, coco_gan.draw_batch(config, images, torch.arange(6), state.rng, CPU)
+    return state, coco_gan.draw_batch(config, images, torch.arange(6), state.rng, CPU, ring)
 
 
-def test_each_step_changes_its_own_networks():
-    state, batch = new_state_and_batch()
-    G_sn = coco_gan.spectral_norm(state.G, iterate=True)
-    s_macro = coco_gan.generate_macro(state, G_sn, batch)
-    nets = [[p for p in net.parameters()] for net in (state.G, state.D, state.A)]
-
-    def step(function):
-        before = [[p.clone() for p in net] for net in nets]
-        function(state, batch, s_macro)
-        return [[not torch.equal(p, q) for p, q in zip(net, old)] for net, old in zip(nets, before)]
-
-    G, D, A = step(coco_gan.discriminator_step)
-    still = [name for (name, _), moved in zip(state.D.named_parameters(), D) if not moved]
-    assert not any(G) and still == ["linear.bias"] and any(A)  # which cancels in L_W
-    G, D, A = step(coco_gan.generator_step)
-    assert sum(G) > 0.8 * len(G) and not any(D) and not any(A)
+def changed(state, function):
+    """Which parameters the function changes: the set of their names, like G.conv.bias."""
+    nets = {name: getattr(state, name) for name in "GDAQ" if getattr(state, name) is not None}
+    parameters = {f"{name}.{k}": p for name, net in nets.items() for k, p in net.named_parameters()}
+    before = {name: p.clone() for name, p in parameters.items()}
+    function()
+    return {name for name, p in parameters.items() if not torch.equal(p, before[name])}
 
 
-def test_gradients_are_those_of_the_objectives():
-    """D, A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s')."""
+@pytest.mark.parametrize("guided", [False, True])
+def test_each_step_changes_its_own_networks(guided):
+    state, batch = new_state_and_batch(dataclasses.replace(UNEVEN, guided=guided))
+    s_macro = coco_gan.generate_macro(state, coco_gan.spectral_norm(state.G, iterate=True), batch)
+    D_and_A = {f"D.{name}" for name, _ in state.D.named_parameters()}
+    D_and_A |= {f"A.{name}" for name, _ in state.A.named_parameters()}
+    moved = changed(state, lambda: coco_gan.discriminator_step(state, batch, s_macro, state.opt_D))
+    # The first cancels in L_W, and the others in a norm of the batch.
+    assert moved <= D_and_A and D_and_A - moved == {"D.linear.bias"}
+    moved = changed(state, lambda: coco_gan.generator_step(state, batch, s_macro, state.opt_G))
+    assert {name[0] for name in moved} == {"G"} and len(moved) > 0.8 * len([*state.G.parameters()])
+    if guided:
+        s_macro = s_macro.detach()
+        moved = changed(state, lambda: coco_gan.discriminator_step(state, batch, s_macro, state.opt_Q))
+        assert {name[0] for name in moved} == {"Q"} and {"Q.linear1.weight", "Q.linear2.weight"} <= moved
+    moved = changed(state, lambda: coco_gan.train_step(state, batch))
+    assert {name[0] for name in moved} == set("GDAQ" if guided else "GDA")
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients_are_those_of_the_objectives(guided):
+    """D, A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s'); with Q all of them L_Q(s') as well."""
     config = dataclasses.replace(UNEVEN, precision="fp32", lambda_gp=3.0, alpha_s=7.0, lr_g=0.01, lr_d=0.02)
+    config = dataclasses.replace(config, guided=guided, alpha_q=30.0)
     state, batch = new_state_and_batch(config)
     assert state.opt_G.param_groups[0]["lr"] == 0.01 and state.opt_D.param_groups[0]["lr"] == 0.02
+    assert not guided or state.opt_Q.param_groups[0]["lr"] == 0.01
     assert len(set(map(tuple, batch.c_macro.tolist()))) > 1
     state.opt_G.step = state.opt_D.step = lambda: None  # so that both steps see the same weights
     s_macro = coco_gan.generate_macro(state, coco_gan.spectral_norm(state.G, iterate=False), batch)
     torch.testing.assert_close(s_macro, G_alone(state, batch))
-    coco_gan.discriminator_step(state, batch, s_macro)
+    coco_gan.discriminator_step(state, batch, s_macro, state.opt_D)
 
-    D_sn, A_sn = (coco_gan.spectral_norm(net, iterate=False) for net in (state.D, state.A))
+    heads = [state.A, state.Q] if guided else [state.A]
+    D_sn, A_sn, *Q_sn = (coco_gan.spectral_norm(net, iterate=False) for net in (state.D, *heads))
 
     def apply(x):
         return functional_call(state.D, D_sn, (x, batch.c_macro))
+
+    def content(h):
+        return (batch.z - functional_call(state.Q, *Q_sn, (h,))).abs().sum() / 4 / 8 if guided else 0.0
 
     x, s = batch.x_macro, s_macro.detach()
     s_hat = torch.stack([e * b + (1 - e) * a for a, b, e in zip(x, s, batch.epsilon)]).requires_grad_()
@@ -496,20 +539,121 @@ def test_gradients_are_those_of_the_objectives():
     L_GP = sum((slope[b].square().sum().sqrt() - 1) ** 2 for b in range(4)) / 4
     L_W = apply(x)[0].mean() - apply(s)[0].mean()
     L_S = ((batch.c_macro - functional_call(state.A, A_sn, (apply(x)[1],))) ** 2).sum(1).mean()
-    parameters = [*state.D.parameters(), *state.A.parameters()]
-    expected = torch.autograd.grad(-L_W + 3 * L_GP + 7 * L_S, parameters, materialize_grads=True)
+    parameters = [p for net in (state.D, *heads) for p in net.parameters()]
+    loss = -L_W + 3 * L_GP + 7 * L_S + 30 * content(apply(s)[1])
+    expected = torch.autograd.grad(loss, parameters, materialize_grads=True)
     for p, gradient in zip(parameters, expected):
         torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
 
     state.opt_D.zero_grad()
     score, h = apply(s_macro)
     L_S = ((batch.c_macro - functional_call(state.A, A_sn, (h,))) ** 2).sum(1).mean()
-    parameters = list(state.G.parameters())
-    expected = torch.autograd.grad(-score.mean() + 7 * L_S, parameters, retain_graph=True)
-    coco_gan.generator_step(state, batch, s_macro)
+    parameters, loss = list(state.G.parameters()), -score.mean() + 7 * L_S + 30 * content(h)
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    coco_gan.generator_step(state, batch, s_macro, state.opt_G)
     for p, gradient in zip(parameters, expected):
         torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
     assert all(p.grad is None for p in state.D.parameters())  # no work for gradients that nobody wants
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_post_training_changes_d_and_the_first_two_blocks_of_g_alone(guided):
+    config = dataclasses.replace(UNEVEN, extrapolate="1", guided=guided)
+    state, batch = new_state_and_batch(config, config.ring)
+    moved = changed(state, lambda: coco_gan.step_beyond(state, batch))
+    whole = {name.split(".")[0] for name in moved}
+    assert whole == {"D", "G"} and state.step == 0
+    G = {name for name in moved if name[0] == "G"}
+    assert {name.split(".")[2] for name in G} == {"0", "1"} and len(G) > 10
+    assert {f"D.{name}" for name, _ in state.D.named_parameters()} - moved <= {"D.linear.bias"}
+    before = copy.deepcopy((state.opt_G.state_dict(), state.opt_D.state_dict()))
+    coco_gan.step_beyond(state, batch)  # the first pair of Adams does not notice
+    for was, now in zip(before, (state.opt_G.state_dict(), state.opt_D.state_dict())):
+        assert was == now
+    assert len(state.opt_G_beyond.state_dict()["state"]) == len([*state.G.blocks[:2].parameters()])
+
+
+def test_rings_go_beyond_the_borders_that_there_are():
+    for topology, text, ring in [
+        ("plane", "0", (0, 0)),
+        ("plane", "2", (2, 2)),
+        ("plane", "1,0", (1, 0)),
+        ("cylinder", "2", (2, 0)),
+        ("cylinder", "3,0", (3, 0)),
+        ("torus", "0", (0, 0)),
+    ]:
+        assert dataclasses.replace(UNEVEN, topology=topology, extrapolate=text).ring == ring
+
+
+@pytest.mark.parametrize("config", [UNEVEN, CYLINDER])
+def test_continuous_batches_begin_at_every_pixel(config):
+    """Each macro patch shows where it was cut; its coordinate says the same."""
+    config = dataclasses.replace(config, continuous=True, batch_size=600)
+    rows, columns = torch.arange(16).view(-1, 1), torch.arange(24)
+    image = torch.stack([rows.expand(16, 24), columns.expand(16, 24), rows + columns], -1).byte()[None]
+    rng = torch.Generator().manual_seed(0)
+    batch = coco_gan.draw_batch(config, image, torch.tensor([0]), rng, CPU)
+    corner = ((batch.x_macro[:, :2, 0, 0] + 1) * 127.5).round().long()  # top, left
+    lasts = (16 - 8, 24 - 1 if config.closed[1] else 24 - 12)
+    for k, last in enumerate(lasts):
+        assert set(corner[:, k].tolist()) == set(range(last + 1))
+    expected = coco_gan.macro_coordinates(config, corner[:, 0] / 4, corner[:, 1] / 4)
+    torch.testing.assert_close(batch.c_macro, expected)
+    assert torch.equal(batch.c_macro, batch.c_generated)
+    first = coco_gan.micro_coordinates(config, corner[:, 0] / 4, corner[:, 1] / 4)
+    torch.testing.assert_close(batch.c_micro[::6], first)
+
+
+def test_batches_beyond_reach_one_ring_further_and_real_patches_do_not():
+    config = dataclasses.replace(UNEVEN, batch_size=400)
+    images = torch.zeros(2, 16, 24, 3, dtype=torch.uint8)
+    rng = torch.Generator().manual_seed(0)
+    batch = coco_gan.draw_batch(config, images, torch.arange(2), rng, CPU, ring=(1, 2))
+    y, x = (sorted(set(batch.c_generated[:, k].tolist())) for k in (0, 1))
+    assert y == pytest.approx([-2, -1, 0, 1, 2]) and x == pytest.approx(
+        [-7 / 3 + 2 * k / 3 for k in range(8)]
+    )
+    assert batch.c_macro.abs().max() <= 1
+    for b in range(400):  # C'' of the generated patch begins where c' says
+        i, j = (batch.c_generated[b, 0] + 1) * 1, (batch.c_generated[b, 1] + 1) * 1.5
+        first = coco_gan.micro_coordinates(config, i, j)
+        torch.testing.assert_close(batch.c_micro[6 * b], first, atol=1e-5, rtol=0)
+
+
+def test_images_with_a_ring_hold_the_images_without():
+    """And beyond, the patches at the coordinates of appendix E: c'' reaches ±1.66 of R = 4 rows."""
+    G = coco_gan.new_state(dataclasses.replace(UNEVEN, topology="plane"), CPU).G_average
+    z = coco_gan.latents([1, 2], 8)
+    image, larger = coco_gan.full_image(G, z), coco_gan.full_image(G, z, ring=(1, 2))
+    assert larger.shape == (2, 3, 16 + 2 * 4, 24 + 4 * 4)
+    torch.testing.assert_close(larger[:, :, 4:-4, 8:-8], image, atol=1e-5, rtol=0)
+    corner = G(z, torch.tensor([[-5 / 3, 1 + 2 * 2 / 5]] * 2))
+    torch.testing.assert_close(larger[:, :, :4, -4:], corner, atol=1e-4, rtol=0)
+
+
+def test_ring_seams_tell_the_ring_from_the_inside():
+    """Steps of 1 everywhere, of 3 at inner borders and of 5 at those of the ring."""
+    steps = np.ones(15, int)
+    steps[[7]] = 3
+    steps[[3, 11]] = 5
+    line = np.concatenate([[0], steps.cumsum()])
+    images = np.zeros((2, 16, 16, 3), np.uint8) + (line[:, None] + line[None])[None, :, :, None].astype(
+        np.uint8
+    )
+    assert coco_gan.ring_seams(images, 4, (1, 1)) == (5, 3)
+    beyond, inside = coco_gan.ring_seams(images, 4, (1, 0))  # across, all three borders are inner ones
+    assert beyond == 5 and inside == pytest.approx((3 + 3 + 5 + 5) / 4)
+    assert math.isnan(coco_gan.ring_seams(images[:, 4:-4, 4:-4], 4, (0, 0))[0])
+
+
+def test_frames_lie_outside_of_what_they_frame():
+    framed = coco_gan.framed(np.zeros((1, 7, 9, 3), np.uint8), 2, 3, 3, 4, (255, 0, 0))[0]
+    expected = np.zeros((7, 9), bool)
+    expected[1:6, 2:8] = True
+    expected[2:5, 3:7] = False
+    assert np.array_equal(framed[..., 0] == 255, expected) and not framed[..., 1:].any()
+    whole = coco_gan.framed(np.zeros((1, 4, 4, 3), np.uint8), 0, 0, 4, 4, (0, 0, 255))[0, ..., 2]
+    assert whole[1:3, 1:3].sum() == 0 and (whole > 0).sum() == 12  # nothing outside: on its edge
 
 
 def G_alone(state, batch):
@@ -593,7 +737,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert not any(name.endswith(".tmp") for name in names)
     entry = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
     assert entry["step"] == 4 and entry["images"] == 16 and entry["peak_memory_mb"] > 10
-    assert {*coco_gan.LOSSES, "images_per_second", "seconds_left"} <= entry.keys()
+    assert {*coco_gan.LOSSES[:-1], "images_per_second", "seconds_left"} <= entry.keys()
     assert Config(**json.loads((trained / "config.json").read_text())) == UNEVEN
     first, last = picture(trained / "sample-000000000.png"), picture(trained / "sample-000000004.png")
     assert first.shape == last.shape and not np.array_equal(first, last)
@@ -624,11 +768,109 @@ def test_resumed_equals_uninterrupted_bit_for_bit(copied):
     assert logged == [2, 3, 4]  # what came after the checkpoint is forgotten and comes again
 
 
+def test_guided_runs_resume_bit_for_bit_and_log_l_q(here):
+    command = ["train", "--run", "run", "--device", "cpu", "--save-every", "1", "--keep", "9", "--guided"]
+    assert coco_gan.main([*command, *flags(UNEVEN)]) == 0
+    before = only_checkpoint(Path("run"), step=2)
+    assert {"Q", "opt_Q"} <= before.keys() and "opt_G_beyond" not in before
+    assert coco_gan.main(["train", "--resume", "run", "--log-every", "1"]) == 0
+    assert_same(before, torch.load("run/checkpoint-000000004.pt", weights_only=True))
+    entries = coco_gan.logged(Path("run"))
+    assert all(0.3 < entry["L_Q"] < 1 for entry in entries) and len(entries) == 2
+
+
+def test_post_training_begins_where_a_run_ended_and_leaves_it_alone(copied, capsys):
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    command = ["train", "--extrapolate", "1,2", "--from", "run", "--save-every", "1", "--keep", "9"]
+    assert coco_gan.main([*command, "--steps", "7", "--log-every", "1", "--sample-every", "100"]) == 0
+    assert "ring seam " in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
+    run = Path("runs/extrapolate-001")
+    assert [path.name[-4] for path in coco_gan.checkpoints(run)] == ["5", "6", "7"]
+    assert picture(run / "sample-000000004.png").shape == (
+        6 * (16 + 2 * 4 + 2) - 2,
+        4 * (24 + 4 * 4 + 2) - 2,
+        3,
+    )
+    entry = coco_gan.logged(run)[-1]
+    assert entry["ring_seam"] > 0 and entry["inner_seam"] > 0
+    last = only_checkpoint(run, step=5)
+    assert {"opt_G_beyond", "opt_D_beyond"} <= last.keys()
+    assert coco_gan.main(["train", "--resume", str(run), "--sample-every", "100"]) == 0
+    assert_same(last, torch.load(run / "checkpoint-000000007.pt", weights_only=True))
+    # From a post-trained run, with another ring: a new pair of Adams.
+    again = ["train", "--from", str(run), "--extrapolate", "1", "--run", "again", "--steps", "8"]
+    assert coco_gan.main(again) == 0 and coco_gan.read_checkpoint(coco_gan.checkpoints(Path("again"))[0])
+    assert (Path("again") / "config.json").read_text().count('"extrapolate": "1"') == 1
+
+
+@pytest.mark.parametrize("ring, last", [(1.1, 8), (0.9, 6)])
+def test_post_training_ends_when_the_borders_of_the_ring_are_those_inside(ring, last, copied, monkeypatch):
+    monkeypatch.setattr(coco_gan, "ring_seams", lambda *a: (ring, 1.0))
+    command = ["train", "--extrapolate", "1", "--from", "run", "--steps", "8", "--sample-every", "2"]
+    assert coco_gan.main(command) == 0
+    assert coco_gan.checkpoints(Path("runs/extrapolate-001"))[-1].name == f"checkpoint-{last:09d}.pt"
+
+
+def test_evaluation_in_training_keeps_the_best_and_changes_nothing(here, monkeypatch, capsys):
+    config = dataclasses.replace(UNEVEN, height=32, holdout=300, steps=6)
+    run = ["train", "--device", "cpu", "--log-every", "4", "--save-every", "6"]
+    assert coco_gan.main([*run, "--run", "plain", *flags(config)]) == 0
+    from experiments import metrics
+
+    figures, seen, whole = iter([30.0, 10.0, 20.0]), [], metrics.in_training
+
+    def in_training(generate, real, *rest):
+        seen.append((generate(5, 7), real, whole(generate, real, *rest)))
+        return {**seen[-1][2], "swd": next(figures)}
+
+    monkeypatch.setattr(metrics, "in_training", in_training)
+    measured = [*run, "--run", "measured", "--eval-every", "2", "--eval-count", "40", *flags(config)]
+    assert coco_gan.main(measured) == 0
+    first, second = (
+        torch.load(f"{name}/checkpoint-000000006.pt", weights_only=True) for name in ("plain", "measured")
+    )
+    assert_same(first, second)  # to the bit as without
+    entries = {entry["step"]: entry.get("swd") for entry in coco_gan.logged(Path("measured"))}
+    assert entries == {2: 30, 4: 10, 6: 20} and "swd 10.00" in capsys.readouterr().out
+    assert torch.load("measured/best.pt", weights_only=True)["step"] == 4
+    G = coco_gan.load("measured/best.pt")
+    expected = coco_gan.to_uint8(coco_gan.full_image(G, coco_gan.latents([5, 6], 8)))
+    assert np.array_equal(seen[1][0], expected)
+    stored = data.load_images("toy:faces", 32, 24, cache="cache")
+    _, held_out = coco_gan.split(len(stored), 300)
+    assert seen[0][1].shape == (40, 32, 24, 3)
+    assert all(any(np.array_equal(x, stored[k]) for k in held_out) for x in seen[0][1][::13])
+    assert seen[0][2].keys() == {"swd", "seam_ratio"} and seen[0][2]["swd"] > 10
+    # A run that goes on does not forget the best.
+    monkeypatch.setattr(metrics, "in_training", lambda *a: {"swd": 15.0})
+    assert coco_gan.main(["train", "--resume", "measured", "--steps", "8", "--eval-every", "8"]) == 0
+    assert torch.load("measured/best.pt", weights_only=True)["step"] == 4
+
+
+def test_evaluation_says_what_it_needs(here, monkeypatch, capsys):
+    small = ["train", "--device", "cpu", *flags(dataclasses.replace(UNEVEN, height=8, steps=1))]
+    assert coco_gan.main([*small, "--run", "one"]) == 0  # by default it is left out
+    assert coco_gan.main([*small, "--run", "two", "--eval-every", "1"]) == 2
+    assert "--eval-every 1 needs images of at least 16 pixels a side; leave it out" in capsys.readouterr().err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "experiments" else find(name)
+    )
+    large = ["train", "--device", "cpu", *flags(dataclasses.replace(UNEVEN, steps=1))]
+    assert coco_gan.main([*large, "--run", "three", "--eval-every", "1"]) == 2
+    assert "--eval-every 1 needs the folder experiments/ beside coco_gan.py" in capsys.readouterr().err
+    assert coco_gan.main([*large, "--run", "four"]) == 0
+
+
 def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     assert coco_gan.main(["train", "--resume", "run"]) == 2
-    assert "run has done 4 steps already; give more by --steps" in capsys.readouterr().err
+    assert (
+        "run/checkpoint-000000004.pt has done 4 steps already; give more by --steps"
+        in capsys.readouterr().err
+    )
     assert coco_gan.main(["train", "--resume", "run", "--lr-g", "0.5"]) == 2
-    assert "--lr-g was 0.0001 in the run to resume and is now 0.5" in capsys.readouterr().err
+    assert "--lr-g was 0.0001 in run/checkpoint-000000004.pt and is now 0.5" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--preset", "tiny"]) == 2
     assert "--preset cannot be given with --resume" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run/checkpoint-000000002.pt"]) == 2
@@ -638,7 +880,7 @@ def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     Path("photos").mkdir()
     Image.new("RGB", (30, 30), "red").save("photos/red.png")
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--data", "photos"]) == 2
-    assert "has other images than run was trained on" in capsys.readouterr().err
+    assert "has other images than run/checkpoint-000000004.pt was trained on" in capsys.readouterr().err
     assert coco_gan.main(["train", "--resume", "run", "--steps", "5"]) == 0
     assert torch.load(copied / "checkpoint-000000005.pt", weights_only=True)["config"]["steps"] == 5
 
@@ -692,7 +934,7 @@ def test_signals_save_and_say_how_to_go_on(number, copied):
 
 def test_a_loss_that_is_not_finite_stops_the_run(copied, monkeypatch, capsys):
     step, count = coco_gan.train_step, itertools.count(1)
-    poison = torch.tensor([0, 0, 0, 0, float("nan")])
+    poison = torch.tensor([0, 0, 0, 0, 0, float("nan")])
     resume = ["train", "--resume", "run", "--steps", "20", "--log-every", "4", "--save-every", "4"]
     monkeypatch.setattr(
         coco_gan, "train_step", lambda *a: step(*a) + (poison if next(count) > 2 else 0 * poison[0])
@@ -839,6 +1081,28 @@ def test_sample_draws_what_is_asked(copied, capsys):
     assert np.array_equal(picture("parts/seed-000000.png"), images[0][3:5, 5:9])
     assert coco_gan.main(["sample", "--checkpoint", "run", "--seed", "2", "--raw", "--out", "raw.webp"]) == 0
     assert picture("raw.webp").shape == (16, 24, 3)
+
+
+def test_sample_draws_beyond_the_borders(copied, capsys):
+    command = ["sample", "--checkpoint", "run", "--seed", "3", "--extrapolate"]
+    assert coco_gan.main([*command, "1,2", "--out", "ring.png"]) == 0
+    assert "was post-trained for no ring; the borders beyond may show" in capsys.readouterr().err
+    drawn = picture("ring.png")
+    z = coco_gan.latents([3], 8)
+    G = coco_gan.load("run")
+    image = coco_gan.to_uint8(coco_gan.full_image(G, z, ring=(1, 2)))
+    assert np.array_equal(drawn, coco_gan.framed(image, 4, 8, 16, 24, (255, 0, 0))[0])
+    assert np.array_equal(drawn[4:-4, 8:-8], image[0, 4:-4, 8:-8])
+    assert drawn[3, 8].tolist() == drawn[20, 8].tolist() == drawn[5, 7].tolist() == [255, 0, 0]
+    assert coco_gan.main([*command[:-3], "--count", "3", "--extrapolate", "1", "--out", "each/"]) == 0
+    assert picture("each/seed-000002.png").shape == (24, 32, 3)
+    post = ["train", "--extrapolate", "1", "--from", "run", "--steps", "5", "--run", "post"]
+    assert coco_gan.main(post) == 0
+    capsys.readouterr()
+    for ring, warned in (("1", False), ("1,0", False), ("2", True), ("0,2", True)):
+        more = ["--extrapolate", ring, "--out", f"{ring}.png"]
+        assert coco_gan.main(["sample", "--checkpoint", "post", "--count", "1", *more]) == 0
+        assert ("post-trained for a ring of 1;" in capsys.readouterr().err) == warned
 
 
 def test_sample_names_its_picture_and_replaces_none(copied, capsys):
@@ -1019,7 +1283,7 @@ def test_panoramas_from_training_to_a_viewport(here, capsys):
     assert coco_gan.main(["train", "--panorama", *budget]) == 0
     run = Path("runs/panorama-tiny-001")
     line = json.loads((run / "log.jsonl").read_text().splitlines()[0])
-    assert 0 < line["azimuth_variety"] < 9 and "  variety " in capsys.readouterr().out
+    assert 0 < line["azimuth_variety"] < 9 and "  azimuth variety " in capsys.readouterr().out
     assert coco_gan.main(["train", "--topology", "torus", *budget]) == 0
     assert coco_gan.main(["train", *budget]) == 0
     assert "azimuth_variety" not in (Path("runs/tiny-002") / "log.jsonl").read_text()
@@ -2199,7 +2463,7 @@ def test_the_gradient_penalty_differentiates_twice_beside_kernels():
         s_macro = kernels.merge_patches(patches, 2, 2, tanh=True, impl=impl)
         x_macro, epsilon = torch.ones_like(s_macro), torch.full((2,), 0.5, device=GPU)
         D = lambda x: ((weight * x).square()).sum((1, 2, 3))  # noqa: E731
-        L_GP = coco_gan.gradient_penalty(D, x_macro, s_macro, epsilon)
+        L_GP, _ = coco_gan.gradient_penalty(D, x_macro, s_macro, epsilon)
         (L_GP - D(s_macro).mean()).backward()
         gradients.append((weight.grad, patches.grad))
     for a, b in zip(*gradients):
@@ -2559,6 +2823,29 @@ BAD_COMMANDS = [
         f"train --resume {coco_gan.ASSETS / 'toy_faces.pt'}",
         "holds averaged weights only, which cannot be trained",
     ),
+    ("train --extrapolate 1", "--extrapolate 1 goes on from a trained model; add --from RUN"),
+    ("train --from run", "--from is for post-training; add --extrapolate 1, or give --resume"),
+    ("train --from run --extrapolate 0", "--extrapolate 0 adds nothing to train; give 1 or more"),
+    (
+        "train --from run --extrapolate 1 --resume run",
+        "--from begins a new run and --resume goes on with one",
+    ),
+    ("train --from run --extrapolate 1 --run run", "--run run is not empty"),
+    ("train --from run --extrapolate 1 --steps 4", "has done 4 steps already; give more by --steps"),
+    ("train --from run --extrapolate 1 --preset tiny", "--preset cannot be given with --from"),
+    (
+        "train --from run --extrapolate 1 --lr-g 1",
+        "--lr-g was 0.0001 in run/checkpoint-000000004.pt and is now 1",
+    ),
+    ("train --from nowhere --extrapolate 1", "--from nowhere does not exist"),
+    (f"train --extrapolate 1 --from {coco_gan.ASSETS / 'toy_faces.pt'}", "holds averaged weights only"),
+    ("sample --checkpoint run --extrapolate x", "--extrapolate x is no width of a ring"),
+    ("sample --checkpoint run --extrapolate 1 --patches", "--extrapolate 1 cannot go with --patches"),
+    (
+        "sample --checkpoint run --extrapolate 1 --viewport 0,0,1,1",
+        "--extrapolate 1 cannot go with --viewport",
+    ),
+    ("train --crop celeba", "--crop celeba is for photographs"),
     ("train --yaw", "--yaw turns images whose borders meet; give --topology cylinder or torus as well"),
     ("train --resume", "there is no checkpoint under runs/; train one with: python coco_gan.py train"),
     (
@@ -2711,6 +2998,8 @@ def test_commands_of_the_readme(here, capsys):
         main = {"coco_gan.py": coco_gan.main, "data.py": data.main}.get(script)
         if main is None:
             main = importlib.import_module(script.split()[1]).main
+        elif words[0] == "train" and "--from" in words:
+            words += ["--steps", str(10 + number)]
         elif words[0] == "train" and "--resume" not in words:
             words += budget.split()
         elif "--resume" in words:

@@ -1,16 +1,21 @@
-"""Draw what the paper's figures show: between latents, between coordinates, and two latents in one picture.
+"""Draw what the paper's figures show: between latents, between coordinates, two latents in one, from a patch.
 
     python -m experiments.figures interpolate --steps 8 --seed 1,2    # figures 5 and 23
     python -m experiments.figures interpolate --gif loop.gif          # the same, as a loop
     python -m experiments.figures coordinates --steps 16              # figures 6 and 25
     python -m experiments.figures mix --seed 1,2                      # two latents in one picture
+    python -m experiments.figures guided photo.jpg --at 16,16         # figures 9 and 28, of train --guided
 
 G is asked for micro patches, each with a latent vector and a position of its own: z between those of two
-seeds, positions between those that it was trained at, or a z that changes from column to column.
-Source: COCO-GAN, section 3.2 and appendices G and I; `mix`: LocoGAN (Struski et al., 2020), section 4.3.
+seeds, positions between those that it was trained at, a z that changes from column to column, or a z that Q
+estimates from a part of a photograph.
+Source: COCO-GAN, sections 3.2 and 3.5, appendices G, I and K; `mix`: LocoGAN (Struski et al., 2020), section
+4.3.
 """
 
 import argparse
+import io
+import math
 import os
 import re
 import signal
@@ -19,16 +24,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from coco_gan import (
+    BLUE,
     LONGEST_SIDES,
     PICTURES,
+    RED,
     Config,
+    Discriminator,
     Generator,
+    Head,
     Parser,
     check_panorama,
     choose_device,
     find_checkpoint,
+    fitting,
+    framed,
     free_name,
     full_image,
     grid,
@@ -36,14 +48,17 @@ from coco_gan import (
     load,
     memory,
     merge_patches,
+    micro_coordinates,
     micro_patches,
+    normalised_for_good,
     parse_seeds,
     picture_folder,
+    read_checkpoint,
     save_picture,
     to_uint8,
     writing,
 )
-from data import UserError
+from data import ENDINGS, FORMATS, UserError, decode_image
 from experiments.view import save_animation
 
 MOST_PIXELS = 2**26  # of a figure, about: all of it is in memory
@@ -193,6 +208,191 @@ def mix(G: Generator, args: argparse.Namespace) -> np.ndarray:
     return sheet(pairs)
 
 
+def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
+    """A full image of which a macro patch of a photograph is to be a part (figures 9 and 28), a row each.
+
+    In a row: the photograph with the place of its patch in red and the place that A predicts in blue; the
+    patch x'; the generated macro patch at the predicted place; the full image, with that place in blue.
+    z = Q(x'); with --refine, what some steps of Adam on the pixels make of it (which the paper does not do).
+    """
+    config, path = G.config, args.checkpoint
+    height, width = config.N * config.S, config.M * config.S
+    D, A, Q = load_judge(path, next(G.parameters()).device)
+    names, photos, patches, places = read_photos(args, config)
+    device = next(G.parameters()).device
+    x_macro = torch.from_numpy(patches).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, N·S, M·S)
+    with torch.inference_mode():
+        _, h = D(x_macro, torch.zeros(len(x_macro), config.c_dim, device=device))
+        z, predicted = Q(h), positions_of(A(h).cpu(), config)
+    # Where the photograph is the patch itself, nobody knows its place but A.
+    known = torch.tensor([[math.nan, math.nan] if at is None else at for at in places]) / config.S
+    known = torch.where(known.isnan(), predicted, known)
+    refined, before, after = refine(G, z.clone(), x_macro, known, args.refine)
+
+    rows = []
+    s_macro = to_uint8(macro_patches(G, refined, predicted).detach())
+    for b, (photo, at) in enumerate(zip(photos, places)):
+        top, left = (predicted[b] * config.S).round().int().tolist()
+        full = to_uint8(full_image(G, refined[b : b + 1]))[0]
+        if photo is None:
+            photo = np.full_like(full, 255)
+            where = np.ix_(
+                np.arange(top, top + height) % config.height, np.arange(left, left + width) % config.width
+            )
+            photo[where] = patches[b]
+        else:
+            photo = boxed(photo, *at, config, RED)
+        photo, full = (boxed(image, top, left, config, BLUE) for image in (photo, full))
+        row = np.full((config.height, 2 * (config.width + width) + 24, 3), 255, np.uint8)
+        x = 0
+        for panel in (photo, patches[b], s_macro[b], full):
+            row[: panel.shape[0], x : x + panel.shape[1]] = panel
+            x += panel.shape[1] + 8
+        rows.append(row)
+        told = "" if at is None else f"at {at[0]},{at[1]}, "
+        told += f"predicted at {top},{left}; error {before[b]:.1f}"
+        print(f"{names[b]}: {told}" + (f", refined {after[b]:.1f}" if args.refine else "") + " of 255")
+    return grid(np.array(rows), 1, gap=8)
+
+
+def load_judge(path: Path, device) -> tuple[Discriminator, Head, Head]:
+    """D, A and Q of a checkpoint, to be called as they are: D(x', c') gives h; A(h) is c', Q(h) is z."""
+    contents, config = read_checkpoint(path)
+    if not config.guided:
+        raise UserError(
+            f"{path} was trained without the head Q; train with: python coco_gan.py train --guided"
+        )
+    if "Q" not in contents:
+        raise UserError(f"{path} holds averaged weights only; give the run that it was taken from")
+    D = Discriminator(config)
+    nets = dict(D=D, A=Head(D.linear.in_features, config.c_dim), Q=Head(D.linear.in_features, config.z_dim))
+    for name, net in nets.items():
+        with fitting(path):
+            net.load_state_dict(contents[name])
+        normalised_for_good(net).to(device).requires_grad_(False).eval()
+    return tuple(nets.values())
+
+
+def positions_of(c_macro: torch.Tensor, config: Config) -> torch.Tensor:
+    """The inverse of `macro_coordinates`: (B, c_dim) -> (B, 2), in micro patches, fractions included."""
+    ij, k = [], 0
+    for count, closed in zip(config.places, config.closed):
+        if closed:
+            cos, sin = c_macro[:, k], c_macro[:, k + 1]
+            ij.append((torch.atan2(sin, cos) / math.pi + 1) / 2 * count % count)
+        else:
+            ij.append((c_macro[:, k] + 1) / 2 * (count - 1))
+        k += 2 if closed else 1
+    return torch.stack(ij, dim=1)
+
+
+def macro_patches(G: Generator, z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """s' at positions (B, 2) in micro patches, any fraction: (B, z_dim) -> (B, 3, N·S, M·S), differentiable."""
+    N, M = G.config.N, G.config.M
+    n, m = torch.meshgrid(torch.arange(N), torch.arange(M), indexing="ij")
+    i, j = at[:, :1] + n.flatten(), at[:, 1:] + m.flatten()  # (B, N·M)
+    c_micro = micro_coordinates(G.config, i, j).flatten(0, 1).to(z.device)
+    return merge_patches(G(z.repeat_interleave(N * M, dim=0), c_micro), N, M)
+
+
+def refine(G: Generator, z: torch.Tensor, x_macro: torch.Tensor, at: torch.Tensor, steps: int):
+    """Move each z (B, z_dim) so that its macro patch comes closer to x' (B, 3, N·S, M·S), by steps of Adam.
+
+    Returns: the best z in [-1, 1] on the way; its error and that of the first: the root mean square
+    difference of the pixels, 0 to 255, (B,).
+    """
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        adam, best, first, least = torch.optim.Adam([z], lr=0.05), z.detach().clone(), None, None
+        for step in range(steps + 1):
+            error = (macro_patches(G, z, at) - x_macro).square().flatten(1).mean(dim=1)  # (B,)
+            if step == 0:
+                first, least = error.detach(), error.detach().clone()
+            better = error.detach() < least
+            best[better], least[better] = z.detach()[better], error.detach()[better]
+            adam.zero_grad()
+            error.sum().backward()
+            adam.step()
+            with torch.no_grad():
+                z.clamp_(-1, 1)
+    return best, *(127.5 * error.sqrt() for error in (first, least))
+
+
+def boxed(image: np.ndarray, top: int, left: int, config: Config, colour) -> np.ndarray:
+    """The image (H, W, 3) with the outline of the macro patch at (top, left), round the borders that meet."""
+    (H, W), down, across = image.shape[:2], *config.closed
+    shift = (H // 2 - top if down else 0, W // 2 - left if across else 0)
+    image = np.roll(image, shift, axis=(0, 1))[None]
+    size = config.N * config.S, config.M * config.S
+    image = framed(image, top + shift[0], left + shift[1], *size, colour)[0]
+    return np.roll(image, (-shift[0], -shift[1]), axis=(0, 1))
+
+
+def read_photos(args: argparse.Namespace, config: Config):
+    """The photographs of a file or a folder: names, images (H, W, 3) or None, patches (n, N·S, M·S, 3), places.
+
+    A photograph of exactly a macro patch's size is one, without a known place; others become full images, as
+    for training, and the patch is cut out at --at. Those that cannot be used are named on a folder's way.
+    """
+    height, width = config.N * config.S, config.M * config.S
+    at = parse_place(args.at, config)
+    path = Path(args.photo)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and p.name[0] != ".")
+        if not paths:
+            raise UserError(f"{path} holds no image; looked for {' '.join(ENDINGS)} in any case")
+    else:
+        paths = [path]
+    most = MOST_PIXELS // (2 * config.height * config.width)
+    if len(paths) > most:
+        raise UserError(f"{path} holds {len(paths)} images; a sheet has room for {most}")
+    names, photos, patches, places = [], [], [], []
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                w, h = image.size
+            if w < width or h < height:
+                raise ValueError(f"is {w} x {h}, smaller than a macro patch of {width} x {height}")
+            if (w, h) == (width, height):
+                photo, patch, place = None, decode_image(data, height, width, "squash"), None
+            else:
+                crop = "squash" if config.crop == "squash" else "center"
+                crop = "celeba" if config.crop.startswith("celeba") and (w, h) == (178, 218) else crop
+                photo, place = decode_image(data, config.height, config.width, crop), at
+                rows, columns = (np.arange(p, p + side) for p, side in zip(at, (height, width)))
+                patch = photo[np.ix_(rows % config.height, columns % config.width)]
+        except Exception as error:  # whatever Pillow raises for what it cannot read
+            why = "is no image that can be read"
+            if isinstance(error, ValueError):
+                why = str(error)
+            elif isinstance(error, OSError) and error.strerror:
+                why = f"cannot be read: {error.strerror}"
+            if path == Path(args.photo):
+                raise UserError(f"{path} {why}; give another photograph")
+            print(f"skipped: {path} {why}", file=sys.stderr)
+            continue
+        for values, value in zip((names, photos, patches, places), (path.name, photo, patch, place)):
+            values.append(value)
+    if not names:
+        raise UserError(f"{args.photo} holds no photograph that can be used")
+    return names, photos, np.stack(patches), places
+
+
+def parse_place(text: str | None, config: Config) -> tuple[int, int]:
+    """ "top,left" of a macro patch in pixels of a full image, or the one in the middle."""
+    sizes = (config.height, config.N * config.S), (config.width, config.M * config.S)
+    last = [size - 1 if closed else size - part for (size, part), closed in zip(sizes, config.closed)]
+    if text is None:
+        return tuple((size - part) // 2 for size, part in sizes)
+    if not re.fullmatch(r"\d{1,9},\d{1,9}", text):
+        raise UserError(f"--at {text} is no place; give top,left in pixels, like {last[0]},0")
+    top, left = map(int, text.split(","))
+    if top > last[0] or left > last[1]:
+        raise UserError(f"--at {text} is outside of the image; give 0 to {last[0]} and 0 to {last[1]}")
+    return top, left
+
+
 def place(text: str | None, config: Config) -> tuple[int, int]:
     """ "row,column" of a micro patch, or the one in the middle, the upper left of four."""
     R, K = config.R, config.K
@@ -219,8 +419,9 @@ def chosen(args: argparse.Namespace, config: Config, pixels: int, least: int = 1
 
 def figure(args: argparse.Namespace) -> None:
     """From a checkpoint to the figure of a command, in a file."""
-    if "steps" in args and not 2 <= args.steps <= 1000:
-        raise UserError(f"--steps {args.steps} is out of range; give 2 to 1000")
+    for name, low, high in (("steps", 2, 1000), ("refine", 0, 10_000)):
+        if name in args and not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range; give {low} to {high}")
     device, animated = choose_device(args.device), getattr(args, "gif", None)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
@@ -252,14 +453,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog=name, description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     adders = {}
-    for draw, seed in ((interpolate, "1,2"), (coordinates, "1"), (mix, "1,2")):
+    for draw, seed in ((interpolate, "1,2"), (coordinates, "1"), (mix, "1,2"), (guided, None)):
         text = draw.__doc__.splitlines()[0]
         command = commands.add_parser(draw.__name__, help=text, description=text, allow_abbrev=False)
         command.set_defaults(draw=draw)
         adders[draw] = add = command.add_argument
         add("--checkpoint", metavar="FILE|RUN", help="what to draw from (default: the newest under runs/)")
         add("--panorama", action="store_true", help="take the newest checkpoint of a cylinder")
-        add("--seed", default=seed, metavar="LIST", help=f"which latents, like 0,1,4-6 (default: {seed})")
+        if seed is not None:
+            add("--seed", default=seed, metavar="LIST", help=f"which latents, like 0,1,4-6 (default: {seed})")
         add_one = command.add_mutually_exclusive_group().add_argument
         add_one("--out", metavar="FILE", help=f"a picture (default: {draw.__name__}.png … in the run)")
         if draw is interpolate:
@@ -278,6 +480,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--border", type=int, metavar="N", help="micro patches left of it (default: half of the width)")
     text = "micro patches either side of it, in which A becomes B (default: half of the narrower side)"
     add("--blend", type=int, metavar="N", help=text)
+    add = adders[guided]
+    add("photo", metavar="PHOTO", help="a photograph, or a folder of them")
+    add(
+        "--at", metavar="TOP,LEFT", help="place of the patch in the image, in pixels (default: in the middle)"
+    )
+    add("--refine", type=int, default=0, metavar="N", help="steps that improve z on the pixels (default: 0)")
     try:
         figure(parser.parse_args(argv))
     except UserError as error:
