@@ -111,9 +111,9 @@ class Config:
     extrapolate: str = _field("0", None, None, "post-train so many micro patches beyond the borders")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
     precision: str = _field("auto", None, None, "auto, fp32 or bf16: of what G's and D's layers compute")
-    seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches and the latents")
+    seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, toy:faces or toy:landscapes")
-    crop: str = _field("center", None, None, "center, celeba or squash: how a photograph gets its size")
+    crop: str = _field("center", None, None, "how a photograph gets its size: " + ", ".join(CROPS))
     continuous: bool = _field(
         False, None, None, "macro patches from any pixel on, not only from micro patches"
     )
@@ -1439,13 +1439,9 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    losses, started, first = (
-        [],
-        time.monotonic(),
-        state.step,
-    )  # losses: (6,) or (7,) a step since the last look
+    losses, last = [], False  # losses: those of each step since the last look
+    started, first = time.monotonic(), state.step
     with stop_signals() as signals, tensorboard(run, state.step) as board:
-        last = False
         while not last:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
             if any(config.ring):
@@ -1454,7 +1450,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             drawing = state.step % args.sample_every == 0
             if drawing:
                 seen = show()
-            # Post-training ends when the borders of the ring show no more than those inside.
+            # Post-training has done its work when the borders of the ring show no more than those inside.
             seamless = drawing and seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
             last = state.step == config.steps or bool(signals) or seamless
             measuring = measure is not None and state.step % (args.eval_every or EVAL_EVERY) == 0
@@ -1478,7 +1474,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
         return 128 + signals[0]
     if seamless:
-        print("the borders of the ring show no more than those inside")
+        print(f"step {state.step:,}: the borders of the ring show no more than those inside")
     more = f"{run} --extrapolate {config.extrapolate}" if any(config.ring) else run
     print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -556,9 +557,9 @@ def test_gradients_are_those_of_the_objectives(guided):
     assert all(p.grad is None for p in state.D.parameters())  # no work for gradients that nobody wants
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_post_training_changes_d_and_the_first_two_blocks_of_g_alone(guided):
-    config = dataclasses.replace(UNEVEN, extrapolate="1", guided=guided)
+@pytest.mark.parametrize("config, guided", [(UNEVEN, False), (UNEVEN, True), (CYLINDER, False)])
+def test_post_training_changes_d_and_the_first_two_blocks_of_g_alone(config, guided):
+    config = dataclasses.replace(config, extrapolate="1", guided=guided)
     state, batch = new_state_and_batch(config, config.ring)
     moved = changed(state, lambda: coco_gan.step_beyond(state, batch))
     whole = {name.split(".")[0] for name in moved}
@@ -1548,6 +1549,105 @@ def test_resize_averages_instead_of_picking_pixels(factor):
     checks = np.indices((192, 192)).sum(0) % 2 * 255
     pixels = data.decode_image(encode(checks.astype(np.uint8)), 192 // factor, 192 // factor, "center")
     assert 120 < pixels.min() and pixels.max() < 135  # picked pixels would be 0 or 255
+
+
+# CelebA-syn: the cut of each image is moved
+
+WHERE = coordinates(218, 178)  # says of each pixel of a cut where it came from
+NAMES = [*(f"{n:06}.png" for n in range(50)), "a/000000.png", "é 日.png"]  # more than one chunk
+
+
+def corners(images):
+    """Row and column of the upper left pixel of each, once the others are found to be those beside it."""
+    for image in images:
+        y, x, _ = image[0, 0].astype(int)
+        np.testing.assert_array_equal(image, WHERE[y : y + 128, x : x + 128])
+    return images[:, 0, 0, :2].astype(int)
+
+
+def test_displacements_are_uniform_and_independent():
+    d = np.array([data.displacement(0, f"{n:06}.jpg") for n in range(51 * 200)])
+    for axis in d.T:
+        values, counts = np.unique(axis, return_counts=True)
+        assert values.tolist() == [*range(-25, 26)]
+        assert ((counts - 200) ** 2 / 200).sum() < 86.7  # χ² of 50 degrees of freedom, 1 in 1,000 above
+    assert len(np.unique(d, axis=0)) > 0.95 * 51**2  # 200 times 51 draws should miss one pair in 50
+    assert np.abs(np.corrcoef(d.T, np.roll(d.T, 1, axis=1))[np.triu_indices(4, 1)]).max() < 0.04
+
+
+def test_displacements_stay_as_they_are():
+    """A training set must not change with the version of this program."""
+    assert data.displacement(0, "000001.jpg") == (18, 10)
+    assert data.displacement(0, "000002.jpg") == (10, 2)
+    assert data.displacement(1, "000001.jpg") == (11, -20)
+    assert data.displacement(2**63 - 1, "\udcff") == (9, 15)  # a name that is no text
+
+
+def test_celeba_syn_moves_the_cut_of_celeba(load, tmp_path):
+    files = {name: encode(WHERE) for name in NAMES}
+    source = fill(tmp_path / "photos", files)
+    images = load(source, 128, 128, crop="celeba-syn", seed=3)
+    expected = [data.displacement(3, name) for name in sorted(NAMES)]
+    assert corners(images).tolist() == [[50 + dy, 25 + dx] for dx, dy in expected]
+    zipped = make_zip(tmp_path / "photos.zip", dict(reversed(files.items())))
+    np.testing.assert_array_equal(load(zipped, 128, 128, crop="celeba-syn", seed=3, workers=2), images)
+    np.testing.assert_array_equal(
+        load(source, 128, 128, crop="celeba-syn", seed=3, workers=2, cache=tmp_path / "another"), images
+    )
+    assert (corners(load(source, 128, 128, crop="celeba-syn", seed=4)) != corners(images)).any(1).mean() > 0.9
+
+
+@pytest.mark.parametrize("dx, dy", [(-25, -25), (25, 25), (-25, 25)])
+def test_celeba_syn_fits_at_its_ends(dx, dy):
+    image = data.decode_image(encode(WHERE), 128, 128, "celeba-syn", dx, dy)
+    assert corners(image[None]).tolist() == [[50 + dy, 25 + dx]]
+
+
+def test_celeba_syn_resizes_after_the_cut():
+    half = data.decode_image(encode(WHERE), 64, 64, "celeba-syn", 10, -20).astype(int)
+    np.testing.assert_allclose(half[[1, 31, 62], [1, 31, 62], :2], [[32, 37], [92, 97], [154, 159]], atol=1)
+
+
+def test_other_images_change_no_displacement(load, tmp_path):
+    files = {name: encode(WHERE) for name in ("b.png", "d.png")}
+    few = load(fill(tmp_path / "few", files), 128, 128, crop="celeba-syn")
+    files |= {name: encode(WHERE) for name in ("a.png", "c.png", "e.png")} | {"0.png": b""}
+    many = load(fill(tmp_path / "many", files), 128, 128, crop="celeba-syn")
+    np.testing.assert_array_equal(many[[1, 3]], few)
+
+
+def test_celeba_syn_skips_other_sizes(load, tmp_path, capsys):
+    files = {"aligned.png": encode(WHERE), "empty.png": b"", "wide.png": encode(coordinates(178, 218))}
+    source = fill(tmp_path / "photos", files)
+    (tmp_path / "photos" / "dead.png").symlink_to("nowhere")
+    assert len(load(source, 128, 128, crop="celeba-syn")) == 1
+    message = capsys.readouterr().err
+    assert "skipped 3 of 4 images" in message and "'empty.png': is empty" in message
+    assert "'wide.png': is 218 x 178, but --crop celeba-syn needs the aligned 178 x 218" in message
+    assert "'dead.png': [Errno 2] No such file" in message
+
+
+def test_the_seed_belongs_to_the_cache_of_celeba_syn_alone(load, tmp_path, monkeypatch):
+    source = fill(tmp_path / "photos", {"a.png": encode(WHERE)})
+    found = (tmp_path / "photos" / "a.png").stat()
+    key = hashlib.sha256(f"1 a.png {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
+    for crop in ("center", "celeba", "squash"):
+        names = {Path(load(source, crop=crop, seed=seed).filename).name for seed in (0, 1)}
+        assert names == {f"photos-4x4-{crop}-{key}.npy"}
+    names = {Path(load(source, crop="celeba-syn", seed=seed).filename).name for seed in (0, 1)}
+    assert names == {f"photos-4x4-celeba-syn-{seed}-{key}.npy" for seed in (0, 1)}
+    monkeypatch.setattr(data, "_store", None)
+    assert len(load(source, crop="celeba-syn", seed=1)) == 1
+    with pytest.raises(TypeError):
+        load(source, crop="celeba-syn", seed=2)
+
+
+@pytest.mark.parametrize("crop", sorted({*data.CROPS} - {"center"}))
+def test_toys_take_no_crop(crop, load, tmp_path):
+    with pytest.raises(data.UserError, match=f"^--crop {crop} is for photographs.*; leave out --crop"):
+        load("toy:faces", crop=crop)
+    assert not (tmp_path / "cache").exists()
+    assert len(load("toy:faces", crop="center", toy_count=3)) == 3
 
 
 # Finding
