@@ -538,9 +538,8 @@ def new_state(config: Config, device: torch.device) -> State:
     G_average = normalised_for_good(copy.deepcopy(G)).requires_grad_(False).eval()
     for net in (G, G_average, D, A):
         net.to(device)
-    adam = functools.partial(
-        torch.optim.Adam, betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda")
-    )
+    betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
+    adam = functools.partial(torch.optim.Adam, betas=betas, fused=fused)
     opt_G = adam(G.parameters(), lr=config.lr_g)
     opt_D = adam([*D.parameters(), *A.parameters()], lr=config.lr_d)
     rng = torch.Generator().manual_seed(2**63 + config.seed)  # another stream than the weights'
@@ -589,8 +588,10 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def draw_places(config: Config, rng, ring: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
-    """Where macro patches begin, uniformly over the discrete positions (appendix C), or over all pixels with
-    `continuous` (section 3.7): top and left, (B,) int64, in pixels, beyond the borders where there is a ring.
+    """Draw where B macro patches begin: top and left, (B,) int64, in pixels.
+
+    Uniformly over the discrete positions (appendix C, "Coordinate Setup"); with `continuous` over all pixels
+    (section 3.7). ring: how many micro patches beyond the borders they may reach, down and across.
     """
     S, unit, places = config.S, 1 if config.continuous else config.S, []
     for count, closed, extra in zip(config.places, config.closed, ring):
@@ -603,8 +604,8 @@ def draw_places(config: Config, rng, ring: tuple[int, int] = (0, 0)) -> list[tor
 def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, int] = (0, 0)) -> Batch:
     """Draw B images, positions and latents, all uniformly (appendix C, "Coordinate Setup").
 
-    Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64; ring: how
-    many micro patches beyond the borders s' may reach, down and across (appendix E).
+    Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64; ring: see
+    `draw_places`, of s' alone (appendix E).
     """
     B = config.batch_size
     index = numbers[torch.randint(len(numbers), (B,), generator=rng)]
@@ -755,6 +756,8 @@ def writing(flag_: str, path: Path):
     """Tell what could not be written: a full disk, a folder that is read-only or gone."""
     try:
         yield
+    except BrokenPipeError:  # that is of standard output
+        raise
     except OSError as error:
         raise UserError(f"{flag_} {path} cannot be written: {error.strerror or error}; name another place")
 
@@ -983,12 +986,20 @@ def log(state: State, means: torch.Tensor, seen: dict, seconds: float, steps: in
     losses += f" generated {entry['L_S_generated']:.3f}"
     losses += f"  L_Q {entry['L_Q']:.3f}" if "L_Q" in entry else ""
     losses += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in seen.items())
-    print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
+    try:
+        print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
+    except OSError:  # nobody reads on; a signal says so as well
+        speak_to_nobody()
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
         for name in entry.keys() - {"step", "images", "seconds", "seconds_left"}:
             board.add_scalar(name, entry[name], state.step)
+
+
+def speak_to_nobody() -> None:
+    """Let what is printed from here on vanish: Python would fail at the end over what it could not flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1028,14 +1039,20 @@ def forget_log_after(run: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect SIGINT and SIGTERM in a list, so that the step under way can end; a second one kills."""
-    caught = []
+    """Collect the signals that end a program in a list, so that it can save first; a second one kills.
+
+    SIGHUP is that of a terminal that goes away, unless nohup has it ignored; SIGPIPE that of `train | head`.
+    """
+    caught, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if os.name == "posix":
+        hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        numbers += [signal.SIGPIPE, signal.SIGHUP] if hung_up else [signal.SIGPIPE]
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     finally:
@@ -1101,10 +1118,9 @@ def framed(images: np.ndarray, top: int, left: int, height: int, width: int, col
     return images
 
 
-def with_ring(G: Generator, z: torch.Tensor, ring: tuple[int, int], batch_size=None) -> np.ndarray:
-    """Full images with a ring of micro patches beyond, what was trained framed in red (figure 7): uint8."""
-    images, S = to_uint8(full_image(G, z, batch_size, ring)), G.config.S
-    return framed(images, ring[0] * S, ring[1] * S, G.config.height, G.config.width, RED)
+def ring_framed(images: np.ndarray, config: Config, ring: tuple[int, int]) -> np.ndarray:
+    """Full images with a ring, n of them, uint8, the region that was trained framed in red (figure 7)."""
+    return framed(images, ring[0] * config.S, ring[1] * config.S, config.height, config.width, RED)
 
 
 def ring_seams(images: np.ndarray, S: int, ring: tuple[int, int]) -> tuple[float, float]:
@@ -1113,7 +1129,7 @@ def ring_seams(images: np.ndarray, S: int, ring: tuple[int, int]) -> tuple[float
     Each border: the mean absolute difference across it over that of neighbours within the patches on either
     side; their means. Post-training has done its work when the ring's is no larger than that inside.
 
-    Args: images (n, H, W, 3) uint8, with the ring. Returns: ring, inside; NaN where there is no border.
+    Args: images (n, H, W, 3) uint8, with the ring. Returns: ring, inside; NaN where no border has a figure.
     """
     beyond, within = [], []
     for axis, extra in zip((1, 2), ring):
@@ -1121,8 +1137,10 @@ def ring_seams(images: np.ndarray, S: int, ring: tuple[int, int]) -> tuple[float
         last = len(steps) // S
         for border in range(1, last + 1):
             around = steps[(border - 1) * S : (border + 1) * S - 1]
-            seam = around[S - 1] / np.delete(around, S - 1).mean()
-            (beyond if min(border, last + 1 - border) <= extra else within).append(seam)
+            inside = np.delete(around, S - 1)
+            if inside.any():
+                seams = beyond if min(border, last + 1 - border) <= extra else within
+                seams.append(around[S - 1] / inside.mean())
     return tuple(float(np.mean(seams)) if seams else math.nan for seams in (beyond, within))
 
 
@@ -1319,9 +1337,7 @@ def train(args: argparse.Namespace) -> int:
         config, contents = Config(**{**PRESETS[preset], **given}), None
         check_config(config)
         if any(config.ring):
-            raise UserError(
-                f"--extrapolate {config.extrapolate} goes on from a trained model; add --from RUN"
-            )
+            raise UserError(f"--extrapolate {config.extrapolate} needs a trained model; add --from RUN")
         print(f"preset {preset} ({why}), on {device}")
     else:
         path, contents, config = trained_before(args, given)
@@ -1361,9 +1377,7 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
     if args.resume is not None and args.source is not None:
         raise UserError("--from begins a new run and --resume goes on with one; give one of them")
     if args.source is not None and "extrapolate" not in given:
-        raise UserError(
-            "--from is for post-training; add --extrapolate 1, or give --resume to go on with a run"
-        )
+        raise UserError("--from is for post-training; add --extrapolate 1, or go on with a run by --resume")
     name, where = ("--resume", args.resume or None) if args.source is None else ("--from", args.source)
     path = find_checkpoint(where, name, args.panorama)
     contents, config = read_checkpoint(path)
@@ -1381,7 +1395,7 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
             was = f"{flag(field)} was {getattr(config, field)} in {path} and is now {value}"
             raise UserError(f"{was}; leave it out, or start a new run without {name}")
     if name == "--from":
-        given.setdefault("steps", contents["step"] + STEPS_BEYOND)
+        given = {"steps": contents["step"] + STEPS_BEYOND, **given}
     config = dataclasses.replace(config, **{field: given[field] for field in again if field in given})
     check_config(config)
     if name == "--from" and not any(config.ring):
@@ -1424,9 +1438,9 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         if real_variety:
             seen["azimuth_variety"] = azimuth_variety(images, config.S) / real_variety
         if any(config.ring):
-            seen |= zip(("ring_seam", "inner_seam"), ring_seams(images, config.S, config.ring))
-            top, left = (e * config.S for e in config.ring)
-            images = framed(images, top, left, config.height, config.width, RED)
+            seams = zip(("ring_seam", "inner_seam"), ring_seams(images, config.S, config.ring))
+            seen |= {name: seam for name, seam in seams if not math.isnan(seam)}
+            images = ring_framed(images, config, config.ring)
         save_picture(grid(images), run / f"sample-{state.step:09d}.png")
         return seen
 
@@ -1626,7 +1640,7 @@ def sample(args: argparse.Namespace) -> int:
             save_picture(figure_3(G, z, B), names[0])
         elif window or any(ring) or len(names) > 1:
             if any(ring):
-                images = with_ring(G, z, ring, B)
+                images = ring_framed(to_uint8(full_image(G, z, B, ring)), config, ring)
             elif window:
                 scenes = [Scene(G, one, B) for one in z.split(1)]
                 images = np.stack([scene.viewport(*window) for scene in scenes])
@@ -1834,12 +1848,17 @@ def main(argv: list[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise UserError(f"{unknown[0]} is unknown{nearest(unknown[0], parser.flags[args.command])}")
-        return train(args) if args.command == "train" else sample(args)
+        status = train(args) if args.command == "train" else sample(args)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads what is printed
+        speak_to_nobody()
+        return 128 + 13  # SIGPIPE, which Windows does not have
 
 
 if __name__ == "__main__":

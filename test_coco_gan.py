@@ -644,7 +644,9 @@ def test_ring_seams_tell_the_ring_from_the_inside():
     assert coco_gan.ring_seams(images, 4, (1, 1)) == (5, 3)
     beyond, inside = coco_gan.ring_seams(images, 4, (1, 0))  # across, all three borders are inner ones
     assert beyond == 5 and inside == pytest.approx((3 + 3 + 5 + 5) / 4)
-    assert math.isnan(coco_gan.ring_seams(images[:, 4:-4, 4:-4], 4, (0, 0))[0])
+    for without in (coco_gan.ring_seams(images, 4, (0, 0)), coco_gan.ring_seams(images, 1, (1, 1))):
+        assert math.isnan(without[0])  # no ring, or no inside
+    assert all(map(math.isnan, coco_gan.ring_seams(0 * images, 4, (1, 1))))  # a black picture
 
 
 def test_frames_lie_outside_of_what_they_frame():
@@ -916,7 +918,7 @@ def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process, it does not signal it")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
 def test_signals_save_and_say_how_to_go_on(number, copied):
     command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
     command += ["--device", "cpu"]
@@ -931,6 +933,35 @@ def test_signals_save_and_say_how_to_go_on(number, copied):
     assert int(saved.stem[-9:]) >= 6 and f"saved {Path('run') / saved.name}" in rest
     assert "python coco_gan.py train --resume run" in rest
     assert coco_gan.load("run").config.steps == 1000000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
+def test_a_closed_pipe_saves_and_ends_quietly(copied):
+    command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, "--device", "cpu", "--log-every", "1"], **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("step 6 "):
+                break
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (128 + signal.SIGPIPE, "")
+    assert int(coco_gan.checkpoints(copied)[-1].stem[-9:]) >= 6
+    dry = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--dry-run"]
+    with subprocess.Popen(dry, **pipes) as process:
+        process.stdout.close()  # before there is anything to read
+        error = process.stderr.read()
+    assert (process.returncode, error) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_nohup_goes_on_without_a_terminal(copied):
+    command = ["nohup", sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "9"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen([*command, "--device", "cpu", "--log-every", "1"], **pipes) as process:
+        for line in process.stdout:
+            process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0 and coco_gan.checkpoints(copied)[-1].name.endswith("9.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(copied, monkeypatch, capsys):
@@ -2923,8 +2954,8 @@ BAD_COMMANDS = [
         f"train --resume {coco_gan.ASSETS / 'toy_faces.pt'}",
         "holds averaged weights only, which cannot be trained",
     ),
-    ("train --extrapolate 1", "--extrapolate 1 goes on from a trained model; add --from RUN"),
-    ("train --from run", "--from is for post-training; add --extrapolate 1, or give --resume"),
+    ("train --extrapolate 1", "--extrapolate 1 needs a trained model; add --from RUN"),
+    ("train --from run", "--from is for post-training; add --extrapolate 1, or go on with a"),
     ("train --from run --extrapolate 0", "--extrapolate 0 adds nothing to train; give 1 or more"),
     (
         "train --from run --extrapolate 1 --resume run",

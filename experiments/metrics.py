@@ -1,20 +1,32 @@
-"""Compare generated with real images: sliced Wasserstein distance, channel statistics, seam ratio.
+"""Compare generated with real images: sliced Wasserstein, Fréchet and kernel distance, seams, colours.
 
-Every function takes uint8 arrays or memmaps of shape (n, H, W, 3) and reads them a few images at a time:
+Images are uint8 (n, H, W, 3), an array or what is sliced like one, such as a memmap; they are read a few at a
+time:
 
-    from experiments.metrics import channel_statistics, column_seams, seam_ratio, sliced_wasserstein
+    from experiments.metrics import sliced_wasserstein  # and all the others
     sliced_wasserstein(real, fake)       # {"levels": {64: ..., 32: ..., 16: ...}, "mean": ..., counts}
     sliced_wasserstein(real, more_real)  # its floor: at a finite count not even real images score 0
     channel_statistics(fake)             # the global colour, which the sliced Wasserstein distance hides
     seam_ratio(real, fake, S=32)         # 1 is seamless
     column_seams(real, fake, S=32)       # the same for each border of a panorama, left and right included
 
-Shapes: n images of H x W pixels, a chunk of B of them, C = 3 channels, P descriptors (patches) of a set.
+    network = torch.jit.load("inception-2015-12-05.pt")  # NVIDIA's
+    x, y = features(network, real), features(network, fake)           # (n, 2048) each
+    frechet_distance(*feature_statistics(x), *feature_statistics(y))  # FID
+    kernel_distance(x, y)                                             # KID x 1,000, and its deviation
+
+Shapes: n images of H x W pixels, a chunk of B of them, C = 3 channels, P descriptors (patches) of a set, d
+features of an image.
 
 Sources: sliced Wasserstein distance, Karras et al., "Progressive Growing of GANs for Improved Quality,
 Stability, and Variation" (ICLR 2018), section 5; Laplacian pyramid, Burt and Adelson, "The Laplacian Pyramid
-as a Compact Image Code" (1983). The seam ratio is this project's own.
+as a Compact Image Code" (1983); FID, Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to
+a Local Nash Equilibrium" (NeurIPS 2017); KID, Bińkowski et al., "Demystifying MMD GANs" (ICLR 2018). The seam
+ratio is this project's own.
 """
+
+import contextlib
+import mmap
 
 import numpy as np
 import torch
@@ -29,22 +41,30 @@ DIRECTIONS = 512
 # changes memory only; at 8, projecting and sorting need little beside the descriptors themselves.
 DIRECTIONS_PER_LOT = 8
 IMAGES_PER_CHUNK = 16
+MOST_FEATURES = 8192  # their covariance takes 512 MB then
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
+MOST_IMAGES = 10**6  # of one seed of an evaluation, so that two seeds share no image
+PIXELS_PER_BATCH = 2**18  # generated at a time, 64 images of 64 x 64: memory goes with the pixels
 
 
 def check_images(name, images):
-    """Raise ValueError unless `images` is a uint8 array of shape (n, H, W, 3) with n of at least 1."""
-    if not isinstance(images, np.ndarray):
+    """Raise ValueError unless `images` is uint8 of shape (n, H, W, 3) with n of at least 1."""
+    if not isinstance(getattr(images, "dtype", None), np.dtype):
         raise ValueError(f"{name} must be a uint8 NumPy array (n, H, W, 3), not a {type(images).__name__}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
             f"{name} must be uint8 (n, H, W, 3), at least one image; got {images.dtype} {images.shape}"
         )
 
 
 def chunks(images):
-    """Yield `images` (n, H, W, 3) as consecutive pieces of at most IMAGES_PER_CHUNK images."""
+    """Yield `images` (n, H, W, 3) as copies of consecutive pieces of at most IMAGES_PER_CHUNK images."""
     for start in range(0, len(images), IMAGES_PER_CHUNK):
-        yield images[start : start + IMAGES_PER_CHUNK]
+        yield np.array(images[start : start + IMAGES_PER_CHUNK])
+        # A map's pages would stay in this process's memory. Those of mode "c" hold changes, and have to.
+        mapped = getattr(images, "_mmap", None)
+        if mapped is not None and images.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -120,7 +140,7 @@ def descriptors(name, images, level, levels, generator, device):
     patches = torch.empty(n, PATCHES_PER_IMAGE, 3, PATCH_PX, PATCH_PX, device=device)
     start = 0
     for chunk in chunks(images):
-        pixels = torch.from_numpy(np.array(chunk)).to(device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+        pixels = torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         windows = laplacian_level(pixels, level, levels).unfold(2, PATCH_PX, 1).unfold(3, PATCH_PX, 1)
         windows = windows.permute(0, 2, 3, 1, 4, 5)  # a view: (B, h - 6, w - 6, 3, 7, 7)
         here = slice(start, start + len(chunk))
@@ -302,3 +322,137 @@ def column_seams(real, fake, S):
             f"real: no difference across the border after column {S * (of_real.argmin() + 1) - 1}"
         )
     return of_fake / of_real
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Distances of features: Fréchet (FID) and kernel (KID)
+
+
+@torch.no_grad()
+def features(network, images, device="cpu"):
+    """Apply a network to uint8 (n, H, W, 3), a few images at a time, for its features: float32 (n, d).
+
+    It is given uint8 (B, 3, H, W), and return_features=True if it is TorchScript whose `forward` has such an
+    argument. NVIDIA's Inception needs that; it resizes the images itself, as TensorFlow 1 did.
+    Raises: ValueError, one line: the network fails, or gives no floating-point (B, d), all finite, d up to
+    MOST_FEATURES.
+    """
+    check_images("images", images)
+    schema = getattr(getattr(network, "forward", None), "schema", None)
+    named = schema is not None and "return_features" in [argument.name for argument in schema.arguments]
+    found, start, options = None, 0, {"return_features": True} if named else {}
+    for chunk in chunks(images):
+        pixels = torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+        who = f"the network of features, given uint8 {tuple(pixels.shape)},"
+        try:
+            x = network(pixels, **options)
+        except Exception as error:  # the last line of TorchScript's says what happened
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            raise ValueError(f"{who} fails: {why}") from error
+        d = x.shape[1] if isinstance(x, torch.Tensor) and x.ndim == 2 and x.is_floating_point() else 0
+        if not 1 <= d <= MOST_FEATURES or x.shape != (len(chunk), d if found is None else found.shape[1]):
+            gives = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+            due = f"floats ({len(chunk)}, d), d up to {MOST_FEATURES}, are due"
+            raise ValueError(f"{who} gives {gives}; {due}")
+        found = np.empty((len(images), d), np.float32) if found is None else found
+        found[start : start + len(chunk)] = x = x.float().cpu().numpy()
+        if not np.isfinite(x).all():
+            raise ValueError(f"{who} gives values that are not finite")
+        start += len(chunk)
+    return found
+
+
+def feature_statistics(x):
+    """Return the mean (d,) and the covariance (d, d) of features (n, d), with n - 1, both float64.
+
+    A few thousand rows at a time, for float64 takes twice the memory of the features.
+    Raises: ValueError: a single image.
+    """
+    if len(x) < 2:
+        raise ValueError(f"a covariance takes at least 2 images; got {len(x)}")
+    rows = [slice(start, start + 4096) for start in range(0, len(x), 4096)]
+    mu = sum(x[some].sum(axis=0, dtype=np.float64) for some in rows) / len(x)
+    sigma = np.zeros((len(mu), len(mu)))
+    for some in rows:
+        centred = x[some] - mu
+        sigma += centred.T @ centred
+    return mu, (sigma + sigma.T) / (2 * (len(x) - 1))  # symmetric to the bit
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Return the squared Fréchet distance of two Gaussians; of Inception's features it is the FID.
+
+    |μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁Σ₂)^½. The last trace is the sum of the roots of the eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½, which are those of Σ₁Σ₂; where a covariance is singular, rounding may take some below 0.
+
+    Args: mu (d,), sigma (d, d), as `feature_statistics` gives them; computed in float64.
+    Raises: ValueError: shapes that do not fit.
+    Source: Heusel et al. (NeurIPS 2017).
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
+        shapes = ", ".join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"mu1, sigma1, mu2, sigma2 must be (d,), (d, d), (d,), (d, d); got {shapes}")
+    values, vectors = np.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T  # Σ₁^½
+    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def squared_mmd(x, y):
+    """Estimate MMD² of (m, d) and (m, d) without bias, with the kernel (x·y / d + 1)³; it may be below 0."""
+    m, d = x.shape
+    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    same = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)  # no image is compared with itself
+    return same / (m * (m - 1)) - 2 * xy.mean()
+
+
+def kernel_distance(x, y, *, seed=0):
+    """Return KID x 1,000 of features (n, d) and (k, d): mean and standard deviation over 100 random subsets.
+
+    A subset has 1,000 images of each set, or half of the smaller set if that is less, at least 2. The mean is
+    not biased by the count, as the Fréchet distance is.
+    Raises: ValueError: fewer than 2 images, or d differs.
+    Source: Bińkowski et al. (ICLR 2018).
+    """
+    n = min(len(x), len(y))
+    if n < 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features must be (n, d) and (k, d), n and k at least 2; got {x.shape}, {y.shape}")
+    m, rng = min(KERNEL_SUBSET_SIZE, max(2, n // 2)), np.random.default_rng(seed)
+    values = [
+        squared_mmd(*(a[rng.choice(len(a), m, replace=False)].astype(np.float64) for a in (x, y)))
+        for _ in range(KERNEL_SUBSETS)
+    ]
+    return float(1000 * np.mean(values)), float(1000 * np.std(values))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# While training
+
+
+def in_training(generate, real, S, wrap=(False, False), device="cpu"):
+    """Figures for training to log: {"swd": mean SWD x 1,000, "seam_ratio": ...}, always of the same latents.
+
+    One that the images do not have, of one grey, under 16 px or of one micro patch, is left out. No global
+    random state is used. Memory: the generated images, and what `sliced_wasserstein` takes.
+
+    Args:
+        generate: (first, last) -> uint8 (last - first, H, W, 3), the images of seeds first to last - 1. These
+            begin at MOST_IMAGES, as those of `evaluate --seed 1` do.
+        real: uint8 (n, H, W, 3), compared with as many.
+        S, wrap: as of `seam_ratio`.
+    Raises: ValueError: not uint8 (n, H, W, 3), or sizes differ.
+    """
+    check_images("real", real)
+    n, H, W, _ = real.shape
+    B, end = max(1, PIXELS_PER_BATCH // (H * W)), MOST_IMAGES + n
+    fake = np.concatenate([generate(i, min(i + B, end)) for i in range(MOST_IMAGES, end, B)])
+    check_images("fake", fake)
+    if fake.shape != real.shape:
+        raise ValueError(f"generated images must be {real.shape}; got {fake.shape}")
+    figures = {}
+    with contextlib.suppress(ValueError):
+        figures["swd"] = sliced_wasserstein(real, fake, device=device)["mean"]
+    with contextlib.suppress(ValueError):
+        figures["seam_ratio"] = seam_ratio(real, fake, S, wrap)
+    return figures

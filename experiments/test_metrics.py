@@ -1,18 +1,37 @@
 """Test experiments/metrics.py against known answers: python -m pytest experiments/test_metrics.py"""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from experiments import metrics
-from experiments.metrics import channel_statistics, column_seams, seam_ratio, sliced_wasserstein
+from experiments.metrics import (
+    channel_statistics,
+    column_seams,
+    feature_statistics,
+    features,
+    frechet_distance,
+    in_training,
+    kernel_distance,
+    seam_ratio,
+    sliced_wasserstein,
+)
 
 
 def noise(seed, n, H, W):
     """Return n images of independent uniform pixels, uint8 (n, H, W, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (n, H, W, 3), dtype=np.uint8)
+
+
+def textures(seed, n, size):
+    """Return n images of clouds, the red channel smoother than green, and green than blue."""
+    spectrum = np.fft.fft2(np.random.default_rng(seed).normal(size=(n, size, size, 3)), axes=(1, 2))
+    frequency = 1 / size + np.hypot.outer(np.fft.fftfreq(size), np.fft.fftfreq(size))[:, :, None]
+    clouds = np.fft.ifft2(spectrum / frequency ** [2, 1.5, 1], axes=(1, 2)).real
+    return (127 + 40 * clouds / clouds.std(axis=(0, 1, 2))).clip(0, 255).astype(np.uint8)
 
 
 def flat(greys, size=17):
@@ -128,6 +147,69 @@ def test_equal_sets_score_the_floor_and_more_images_lower_it():
     assert few["levels"][64] == pytest.approx(2 * other["levels"][64], rel=0.15)  # a quarter: √4 as much
 
 
+def worse(images, damage):
+    """Return textures with one kind of damage."""
+    n, size = images.shape[:2]
+    if damage == "blur":
+        copies = [np.roll(images, (i, j), axis=(1, 2)) for i in (0, 1) for j in (0, 1)]
+        return np.mean(copies, axis=0).astype(np.uint8)
+    if damage == "noise":
+        return (images + np.random.default_rng(5).normal(0, 10, images.shape)).clip(0, 255).astype(np.uint8)
+    if damage == "patches":  # each micro patch of 8 px moves within itself, so that seams show
+        patches = images.reshape(n, size // 8, 8, size // 8, 8, 3)
+        return np.roll(patches, (4, 4), axis=(2, 4)).reshape(images.shape)
+    return images[..., ::-1]  # blue, green, red
+
+
+@pytest.mark.parametrize("damage", ["blur", "noise", "patches", "channels"])
+def test_every_damage_raises_the_distance(damage):
+    real, fake = textures(0, 128, 32), textures(1, 128, 32)
+    floor, equal = sliced_wasserstein(real, fake), sliced_wasserstein(real, real)
+    damaged = sliced_wasserstein(real, worse(fake, damage))
+    assert equal["mean"] < 1.1 * floor["mean"] < damaged["mean"] / 1.1
+
+
+def test_distance_by_plain_loops(monkeypatch):
+    """The definition once more, in float64 and one patch at a time; only the random numbers are shared."""
+    monkeypatch.setattr(metrics, "PATCHES_PER_IMAGE", 5)
+    monkeypatch.setattr(metrics, "DIRECTIONS", 6)
+    monkeypatch.setattr(metrics, "DIRECTIONS_PER_LOT", 4)
+    monkeypatch.setattr(metrics, "IMAGES_PER_CHUNK", 2)
+    sets, generator = (textures(0, 3, 32), textures(1, 3, 32)), torch.Generator().manual_seed(7)
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+
+    def filtered(image):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        h, w = image.shape[:2]
+        return sum(kernel[i, j] * padded[i : i + h, j : j + w] for i in range(5) for j in range(5))
+
+    expected = {}
+    for px in (32, 16):
+        clouds = []
+        for images in sets:
+            positions = [torch.randint(px - 6, (3, 5), generator=generator).numpy() for _ in "yx"]
+            patches = []
+            for b, image in enumerate(images.astype(float)):
+                half = filtered(image)[::2, ::2]
+                doubled = np.zeros((32, 32, 3))
+                doubled[::2, ::2] = 4 * half
+                level = image - filtered(doubled) if px == 32 else half
+                for y, x in zip(positions[0][b], positions[1][b]):
+                    patches.append(level[y : y + 7, x : x + 7].transpose(2, 0, 1))
+            patches = np.array(patches)  # (15, 3, 7, 7)
+            for c in range(3):
+                patches[:, c] = (patches[:, c] - patches[:, c].mean()) / patches[:, c].std()
+            clouds.append(patches.reshape(15, 147))
+        distances = []
+        for direction in torch.randn(6, 147, generator=generator).double().numpy():
+            a, b = (np.sort(cloud @ direction / np.sqrt((direction**2).sum())) for cloud in clouds)
+            distances.append(np.abs(a - b).mean())
+        expected[px] = 1000 * np.mean(distances)
+    result = sliced_wasserstein(*sets, seed=7)
+    assert result["levels"] == pytest.approx(expected, rel=1e-4)
+    assert result["mean"] == pytest.approx((expected[32] + expected[16]) / 2, rel=1e-4)
+
+
 def test_what_the_low_pass_removes_moves_the_finest_level_alone():
     # The kernel is zero at a checkerboard, 1 - 4 + 6 - 4 + 1, at reflecting borders too: exactly.
     real, fake = noise(0, 16, 32, 32) // 2, noise(1, 16, 32, 32) // 2
@@ -157,6 +239,31 @@ def test_result_depends_on_the_seed_alone(monkeypatch, tmp_path):
     np.save(tmp_path / "fake.npy", fake)
     assert sliced_wasserstein(real, np.load(tmp_path / "fake.npy", mmap_mode="r"), seed=3) == first
     assert sliced_wasserstein(real, fake, seed=4) != first
+
+
+def test_reading_a_map_leaves_it_as_it_is_and_out_of_memory(tmp_path):
+    stored = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (2048, 64, 64, 3))  # 25 MB
+    stored[:] = noise(0, 2048, 64, 64)
+    images = np.load(tmp_path / "a.npy", mmap_mode="c")
+    images[0] = 7  # in memory only
+    assert all((chunk[0] == 7).all() for chunk in [*metrics.chunks(images)][:1])
+    assert (images[0] == 7).all()
+    images = np.load(tmp_path / "a.npy", mmap_mode="r")
+    before = mapped_megabytes()
+    read = np.concatenate([*metrics.chunks(images)])
+    assert mapped_megabytes() - before < 8
+    assert np.array_equal(read, stored) and np.array_equal(read, images)
+    images.sum()
+    assert mapped_megabytes() - before > 20
+
+
+def mapped_megabytes():
+    """MB of files that lie in the memory of this process."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[2]) * 4096 / 2**20
+    except OSError:
+        pytest.skip("only Linux tells")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -263,3 +370,195 @@ def test_column_seams_tell_the_borders_apart():
     np.testing.assert_allclose(column_seams(real, rolled, 4), np.array([39, 5, 5]) / 29 * 9)
     with pytest.raises(ValueError, match="no difference across the border after column 3"):
         column_seams(np.where(np.arange(12)[:, None] == 4, real[:, :, 3:4], real), fake, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Features
+
+
+def scripted(network):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but what there is of Inception
+        return torch.jit.script(network)
+
+
+class Pixel(torch.nn.Module):
+    """Row 1, column 2 of each image: three features."""
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return x[:, :, 1, 2].double() / 4
+
+
+class Named(torch.nn.Module):
+    """As NVIDIA's: features only if asked for."""
+
+    def forward(self, x, use_fp16: bool = False, return_features: bool = False):
+        return x[:, :2, 0, 0].float() if return_features else x[:, :1, 0, 0].float()
+
+
+@pytest.mark.parametrize("wrap", [scripted, lambda network: network])
+def test_features_are_the_networks(monkeypatch, wrap):
+    monkeypatch.setattr(metrics, "IMAGES_PER_CHUNK", 3)
+    images = noise(0, 7, 4, 5)
+    found = features(wrap(Pixel()), images)
+    assert found.dtype == np.float32 and np.array_equal(found, images[:, 1, 2] / 4)
+    if wrap is scripted:
+        assert np.array_equal(features(wrap(Named()), images), images[:, 0, 0, :2])
+
+
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        (lambda x: x.float(), r"gives torch.float32 \(3, 3, 4, 5\); floats \(3, d\), d up to 8, are due"),
+        (lambda x: x[:, 0, 0, 0].float(), r"gives torch.float32 \(3,\)"),
+        (lambda x: x[:2, :, 0, 0].float(), r"gives torch.float32 \(2, 3\)"),
+        (lambda x: x[:, :, 0, 0], r"gives torch.uint8 \(3, 3\)"),
+        (lambda x: x[:, :0, 0, 0].float(), r"gives torch.float32 \(3, 0\)"),
+        (lambda x: x[:, :, :, 0].flatten(1).float(), r"gives torch.float32 \(3, 12\)"),  # more than 8
+        (lambda x: x[:, : len(x), 0, 0].float(), r"uint8 \(1, 3, 4, 5\), gives torch.float32 \(1, 1\)"),
+        (lambda x: (x[:, :, 0, 0],), "gives a tuple"),
+        (lambda x: x[:, :, 0, 0] / 0.0, "gives values that are not finite"),
+        (lambda x: x[:, :, 0, 0].double() + 1e60, "gives values that are not finite"),  # in float32
+        (lambda x: x @ x.new_zeros(7), r"uint8 \(3, 3, 4, 5\), fails: .*size mismatch"),
+    ],
+)
+def test_features_say_what_is_wrong(monkeypatch, network, message):
+    monkeypatch.setattr(metrics, "IMAGES_PER_CHUNK", 3)
+    monkeypatch.setattr(metrics, "MOST_FEATURES", 8)
+    with pytest.raises(ValueError, match=message) as caught:
+        features(network, noise(0, 4, 4, 5))
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_torchscript_are_one_line():
+    with pytest.raises(ValueError, match="fails: .*AssertionError") as caught:
+        features(scripted(Pixel().half()), np.zeros((2, 4, 5, 3), np.uint8)[:, :1, :2])
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_match_numpy():
+    x = np.random.default_rng(0).normal(1000, [1, 2, 3], (5000, 3)).astype(np.float32)  # more than one piece
+    x[:, 2] += x[:, 0]
+    mu, sigma = feature_statistics(x)
+    assert mu.dtype == sigma.dtype == np.float64
+    np.testing.assert_allclose(mu, x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(feature_statistics(x[:2])[1], np.cov(x[:2].astype(np.float64), rowvar=False))
+    with pytest.raises(ValueError, match="at least 2 images; got 1"):
+        feature_statistics(x[:1])
+
+
+def turned(seed, *variances):
+    """A covariance with these eigenvalues, in random directions."""
+    d = len(variances)
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))
+    return Q @ np.diag(variances) @ Q.T
+
+
+def test_frechet_distance_of_known_gaussians():
+    zero, mu = np.zeros(3), np.array([1.0, -2, 2])
+    A, B = turned(0, 1, 4, 9), turned(0, 4, 4, 25)  # with common directions: (1-2)² + (2-2)² + (3-5)²
+    assert frechet_distance(mu, A, zero, A) == pytest.approx(9)
+    assert frechet_distance(zero, A, zero, B) == pytest.approx(5)
+    assert frechet_distance(zero, B, mu, A) == pytest.approx(14)
+    # In two dimensions tr √M = √(tr M + 2 √det M), whatever the directions.
+    A, B = turned(1, 1, 9), turned(2, 4, 5)
+    cross = math.sqrt(np.trace(A @ B) + 2 * math.sqrt(np.linalg.det(A @ B)))
+    assert frechet_distance(zero[:2], A, mu[:2], B) == pytest.approx(5 + 10 + 9 - 2 * cross)
+
+
+def test_frechet_distance_of_singular_covariances():
+    # (v vᵀ w wᵀ)^½ has the trace |v·w|.
+    v, w = np.random.default_rng(0).normal(size=(2, 6))
+    zero = np.zeros(6)
+    expected = v @ v + w @ w - 2 * abs(v @ w)
+    assert frechet_distance(zero, np.outer(v, v), zero, np.outer(w, w)) == pytest.approx(expected)
+    assert frechet_distance(zero, np.outer(v, v), zero, np.outer(v, v)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(zero, np.outer(v, v), zero, np.zeros((6, 6))) == pytest.approx(v @ v)
+    few = np.random.default_rng(1).normal(size=(20, 50)).astype(np.float32)  # fewer images than features
+    assert frechet_distance(*feature_statistics(few), *feature_statistics(few)) == pytest.approx(0, abs=1e-5)
+    moved = frechet_distance(*feature_statistics(few), *feature_statistics(few + np.float32(2)))
+    assert moved == pytest.approx(4 * 50, rel=1e-5)
+
+
+def test_frechet_distance_agrees_with_scipy():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(300, 40)) @ rng.normal(size=(40, 40)) for _ in range(2))
+    (mu1, A), (mu2, B) = feature_statistics(x), feature_statistics(y + 1)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(A + B - 2 * linalg.sqrtm(A @ B).real)
+    assert frechet_distance(mu1, A, mu2, B) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"got \(3,\), \(3, 3\), \(2,\), \(3, 3\)"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(3))
+    with pytest.raises(ValueError, match=r"got \(3,\), \(2, 2\), \(3,\), \(2, 2\)"):
+        frechet_distance(np.zeros(3), np.eye(2), np.zeros(3), np.eye(2))
+
+
+def test_kernel_distance_by_hand():
+    # Of the products over d + 1: within x (3 + 1) / 2 + 1 = 3, within y 1, between them 2, 2, 2 and 4; cubed,
+    # 27 + 1 - 2 (8 + 8 + 8 + 64) / 4.
+    x, y = (np.array(a, np.float32) for a in ([[1, 1], [3, 1]], [[0, 2], [2, 0]]))
+    assert metrics.squared_mmd(x, y) == -16
+    assert kernel_distance(x, y) == (-16000, 0)  # both images in each subset
+    # x is 0 or 1, y is 1: 11/4 + 8 - 2 · 9/2.
+    x, y = np.arange(4000.0)[:, None] % 2, np.ones((3000, 1))
+    mean, deviation = kernel_distance(x, y)
+    assert mean == pytest.approx(1750, rel=0.01) and 0 < deviation < 175
+
+
+def test_kernel_distance_is_not_biased():
+    def mean_of(move):
+        sets = (np.random.default_rng(seed).normal(size=(2, 60, 8)) for seed in range(40))
+        return np.mean([kernel_distance(x, y + move, seed=3)[0] for x, y in sets])
+
+    # With the images compared with themselves, 2 (E k(x, x) - E k(x, x')) / 30, about 500, would be added.
+    assert abs(mean_of(0)) < 30
+    assert mean_of(1) > 1000
+
+
+def test_kernel_distance_depends_on_the_seed_and_takes_any_counts():
+    x, y = np.random.default_rng(0).normal(size=(2, 50, 3))
+    assert kernel_distance(x, y, seed=1) == kernel_distance(x, y, seed=1) != kernel_distance(x, y, seed=2)
+    assert np.isfinite(kernel_distance(x[:3], y)).all()
+    for bad in (x[:1], x[:, :2]):
+        with pytest.raises(ValueError, match="features must be"):
+            kernel_distance(bad, y)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# While training
+
+
+def test_figures_in_training_are_those_of_the_same_images(monkeypatch):
+    monkeypatch.setattr(metrics, "PIXELS_PER_BATCH", 3 * 32 * 48)
+    asked, fake, real = [], noise(0, 8, 32, 48), noise(1, 8, 32, 48)
+
+    def generate(first, last):
+        asked.append((first, last))
+        return fake[first - 10**6 : last - 10**6]
+
+    np.random.seed(3)
+    torch.manual_seed(3)
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    figures = in_training(generate, real, 16, (False, True))
+    assert asked == [(10**6, 10**6 + 3), (10**6 + 3, 10**6 + 6), (10**6 + 6, 10**6 + 8)]
+    assert figures == {
+        "swd": sliced_wasserstein(real, fake)["mean"],
+        "seam_ratio": seam_ratio(real, fake, 16, (False, True)),
+    }
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+def test_figures_in_training_leave_out_what_there_is_not():
+    real = noise(0, 4, 16, 16)
+    assert in_training(lambda first, last: real[: last - first] * 0, real, 8) == {}  # all black
+    assert in_training(lambda first, last: real, real, 16).keys() == {"swd"}  # a single micro patch
+    assert in_training(lambda first, last: real[:, :8, :8], real[:, :8, :8], 4) == {"seam_ratio": 1}
+    with pytest.raises(ValueError, match=r"must be \(4, 16, 16, 3\); got \(4, 16, 8, 3\)"):
+        in_training(lambda first, last: real[:, :, :8], real, 8)
+    with pytest.raises(ValueError, match="fake must be uint8"):
+        in_training(lambda first, last: real / 255, real, 8)
