@@ -1423,7 +1423,10 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
     measure = evaluation(state.G_average, stored, held_out if config.holdout else numbers, args)
-    best = min((entry["swd"] for entry in logged(run) if "swd" in entry), default=math.inf)
+    # What the best checkpoint is chosen by: post-training may get worse again (appendix E).
+    figure, sample_every = ("ring_seam", 100) if any(config.ring) else ("swd", 1000)
+    best = min((entry[figure] for entry in logged(run) if figure in entry), default=math.inf)
+    sample_every = args.sample_every or sample_every
 
     some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
     real_variety = azimuth_variety(some, config.S) if config.closed[1] and config.K > 1 else 0
@@ -1461,35 +1464,35 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             if any(config.ring):
                 step_beyond(state, draw_batch(config, images, numbers, state.rng, device, config.ring))
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
-            drawing = state.step % args.sample_every == 0
+            last = state.step == config.steps or bool(signals)
+            drawing, logging, saving = (
+                last or state.step % every == 0 for every in (sample_every, args.log_every, args.save_every)
+            )
+            measuring = measure is not None and state.step % (args.eval_every or EVAL_EVERY) == 0
+            if not (drawing or logging or saving or measuring):
+                continue
+            # Only from here on a GPU is waited for.
+            means = check_finite(torch.stack(losses).cpu().double(), state, run)
+            losses.clear()
             if drawing:
                 seen = show()
-            # Post-training has done its work when the borders of the ring show no more than those inside.
-            seamless = drawing and seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
-            last = state.step == config.steps or bool(signals) or seamless
-            measuring = measure is not None and state.step % (args.eval_every or EVAL_EVERY) == 0
-            logging = last or measuring or state.step % args.log_every == 0
-            saving = last or state.step % args.save_every == 0
-            if logging or saving:  # only here a GPU is waited for
-                means = check_finite(torch.stack(losses).cpu().double(), state, run)
-                losses.clear()
-            if last and not drawing:
-                seen = show()
-            figures = measure() if measuring else {}
-            if figures.get("swd", math.inf) < best:
-                best = figures["swd"]
+                # Post-training has done its work when the borders of the ring show no more than those inside.
+                seamless = seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
+                last = last or seamless
+            entry = {**seen, **(measure() if measuring else {})}
+            if (drawing or measuring) and entry.get(figure, math.inf) < best:
+                best = entry[figure]
                 write_checkpoint(state, run / "best.pt", fingerprint)
-            if logging:
-                entry = {**seen, **figures}
+            if last or logging or measuring:
                 log(state, means, entry, time.monotonic() - started, state.step - first, run, board)
-            if saving:
+            if last or saving:
                 path = save_checkpoint(state, run, fingerprint, args.keep)
     if signals and state.step < config.steps:
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
         return 128 + signals[0]
     if seamless:
         print(f"step {state.step:,}: the borders of the ring show no more than those inside")
-    more = f"{run} --extrapolate {config.extrapolate}" if any(config.ring) else run
+    more = f"{run / 'best.pt'} --extrapolate {config.extrapolate}" if any(config.ring) else run
     print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0
 
@@ -1760,13 +1763,8 @@ def build_parser() -> Parser:
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
     add("--workers", type=positive, metavar="N", help="processes that decode (default: one per core)")
     add("--log-every", type=positive, default=100, metavar="N", help="steps between lines (default: 100)")
-    add(
-        "--sample-every",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="steps between pictures (default: 1000)",
-    )
+    text = "steps between pictures (default: 1000, of post-training 100)"
+    add("--sample-every", type=positive, metavar="N", help=text)
     add(
         "--save-every",
         type=positive,

@@ -815,6 +815,15 @@ def test_post_training_ends_when_the_borders_of_the_ring_are_those_inside(ring, 
     assert coco_gan.checkpoints(Path("runs/extrapolate-001"))[-1].name == f"checkpoint-{last:09d}.pt"
 
 
+def test_post_training_keeps_the_step_of_the_faintest_ring(copied, monkeypatch, capsys):
+    seams = iter([9.0, 4.0, 2.0, 3.0])  # before, and after each of the steps
+    monkeypatch.setattr(coco_gan, "ring_seams", lambda *a: (next(seams), 1.0))
+    command = ["train", "--extrapolate", "1", "--from", "run", "--steps", "7", "--sample-every", "1"]
+    assert coco_gan.main([*command, "--run", "post"]) == 0
+    assert torch.load("post/best.pt", weights_only=True)["step"] == 6
+    assert "sample --checkpoint post/best.pt --extrapolate 1" in capsys.readouterr().out
+
+
 def test_evaluation_in_training_keeps_the_best_and_changes_nothing(here, monkeypatch, capsys):
     config = dataclasses.replace(UNEVEN, height=32, holdout=300, steps=6)
     run = ["train", "--device", "cpu", "--log-every", "4", "--save-every", "6"]

@@ -211,7 +211,8 @@ def evaluate(args: argparse.Namespace) -> None:
         made = f"made by {about['network']} of {about['height']} x {about['width']} px, and not by this"
         here = f"{args.features} of {config.height} x {config.width} px; make another by --save-statistics"
         raise UserError(f"--statistics {args.statistics} was {made} {here}")
-    images = load_images(data, config.height, config.width, crop=config.crop, cache=args.cache)
+    how = dict(crop=config.crop, seed=config.seed, cache=args.cache)
+    images = load_images(data, config.height, config.width, **how)
 
     # Which images were held out is known for the set that was trained on, and for no other.
     if fingerprint_of(images) != read_checkpoint(path)[0]["images"]:
