@@ -746,7 +746,7 @@ def mixed_precision(state: State) -> torch.autocast:
 FORMAT = "coco-gan checkpoint 1"
 STATEFUL = ("G", "G_average", "D", "A", "Q", "opt_G", "opt_D", "opt_Q", "opt_G_beyond", "opt_D_beyond")
 BEYOND = ("opt_G_beyond", "opt_D_beyond")
-STEPS_BEYOND = 5_000  # of post-training at most, unless --steps says otherwise
+STEPS_BEYOND = 2_000  # of post-training at most, unless --steps says otherwise
 EVAL_EVERY = 10_000
 ASSETS = Path(__file__).parent / "assets"
 

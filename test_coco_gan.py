@@ -717,6 +717,16 @@ def test_one_seed_is_one_image_whatever_the_batch(trained):
     assert torch.equal(coco_gan.latents([6], 8)[0], z[6])
 
 
+@pytest.mark.parametrize("name", ["toy_faces.pt", "toy_landscapes.pt"])
+def test_checkpoints_of_earlier_versions_load(name):
+    """These were written when there was no Q, no ring and no continuous sampling."""
+    contents, config = coco_gan.read_checkpoint(coco_gan.ASSETS / name)
+    added = {field.name for field in dataclasses.fields(Config)} - contents["config"].keys()
+    assert added == {"guided", "alpha_q", "extrapolate", "continuous"}
+    assert all(getattr(config, field) == getattr(Config(), field) for field in added)
+    coco_gan.load(coco_gan.ASSETS / name)
+
+
 def test_load_gives_the_average_or_the_weights_themselves(trained):
     contents = torch.load(trained / "checkpoint-000000004.pt", weights_only=True)
     G = coco_gan.load(trained)
@@ -3146,7 +3156,8 @@ def test_commands_of_the_readme(here, capsys):
             words += ["--steps", str(10 + number)]
         assert main(words) == 0, command
     runs = [path.name for path in Path("runs").iterdir() if path.is_dir()]
-    assert sorted(runs) == ["panorama-tiny-001", "panorama-tiny-002", "small-001", "tiny-001"]
+    expected = ["extrapolate-001", "panorama-tiny-001", "panorama-tiny-002"]
+    assert sorted(runs) == [*expected, "small-001", "small-002", "tiny-001"]
 
 
 def test_python_examples_of_the_readme(copied, here):
