@@ -3148,6 +3148,8 @@ def test_commands_of_the_readme(here, capsys):
         main = {"coco_gan.py": coco_gan.main, "data.py": data.main}.get(script)
         if main is None:
             main = importlib.import_module(script.split()[1]).main
+            if "ablations" in script:
+                words += "--steps 1 --seeds 1 --count 32 --variants coco-gan".split()
         elif words[0] == "train" and "--from" in words:
             words += ["--steps", str(10 + number)]
         elif words[0] == "train" and "--resume" not in words:
