@@ -35,6 +35,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib.util
 import itertools
@@ -197,7 +198,10 @@ def check_config(config: Config) -> None:
             raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
     if config.yaw and not any(config.closed):
         raise UserError("--yaw turns images whose borders meet; give --topology cylinder or torus as well")
-    parse_ring(config.extrapolate, config)
+    for extra, places in zip(parse_ring(config.extrapolate, config), config.places):
+        if extra and places == 1:
+            why = "a macro patch is as long as the image there, and has no coordinate that tells the ring"
+            raise UserError(f"--extrapolate {config.extrapolate}: {why}; it takes smaller --N and --M")
 
 
 def parse_ring(text: str, config: Config) -> tuple[int, int]:
@@ -213,6 +217,10 @@ def parse_ring(text: str, config: Config) -> tuple[int, int]:
     if not good:
         why = f"borders of a {config.topology} that meet have nothing beyond them"
         raise UserError(f"--extrapolate {text}: {why}; give {'0' if all(config.closed) else '1,0'}")
+    for extra, count in zip(ring, (config.R, config.K)):
+        if extra and (count == 1 or extra > count):
+            most = f"at most {count}" if count > 1 else "0"
+            raise UserError(f"--extrapolate {text}: the image has {count} micro patches there; give {most}")
     return ring
 
 
@@ -590,8 +598,9 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def draw_places(config: Config, rng, ring: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
     """Draw where B macro patches begin: top and left, (B,) int64, in pixels.
 
-    Uniformly over the discrete positions (appendix C, "Coordinate Setup"); with `continuous` over all pixels
-    (section 3.7). ring: how many micro patches beyond the borders they may reach, down and across.
+    Uniformly over the discrete positions (appendix C, "Coordinate Setup"), with `continuous` over all pixels.
+    Deviation: section 3.7 has any real position, at which x' could not be cut. ring: how many micro patches
+    beyond the borders they may reach, down and across.
     """
     S, unit, places = config.S, 1 if config.continuous else config.S, []
     for count, closed, extra in zip(config.places, config.closed, ring):
@@ -626,7 +635,7 @@ def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, in
     x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
     c_macro = macro_coordinates(config, i, j)
     if any(ring):
-        i, j = (place / config.S for place in draw_places(config, rng, ring))
+        i, j = (pixels / config.S for pixels in draw_places(config, rng, ring))
     c_generated, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
     return Batch(x_macro, *(move(t, device) for t in (c_macro, c_generated, c_micro, z, epsilon)))
 
@@ -705,8 +714,9 @@ def train_step(state: State, batch: Batch) -> torch.Tensor:
 def step_beyond(state: State, batch: Batch) -> None:
     """One step of post-training, on macro patches that reach beyond the borders (appendix E).
 
-    A second pair of Adams trains D and G's first two blocks only. No real image goes on beyond its borders:
-    D compares with real macro patches from within.
+    A second pair of Adams trains D and G's first two blocks only ("the first-two layers of the generator").
+    No real image goes on beyond its borders: D compares with real macro patches from within. G's running
+    statistics, of all blocks, are those of both kinds of steps.
     """
     s_macro = generate_macro(state, spectral_norm(state.G, iterate=True), batch)
     discriminator_step(state, batch, s_macro, state.opt_D_beyond)
@@ -748,6 +758,7 @@ STATEFUL = ("G", "G_average", "D", "A", "Q", "opt_G", "opt_D", "opt_Q", "opt_G_b
 BEYOND = ("opt_G_beyond", "opt_D_beyond")
 STEPS_BEYOND = 2_000  # of post-training at most, unless --steps says otherwise
 EVAL_EVERY = 10_000
+MEASURED_PIXELS = 2**27  # of each set of images, 400 MB
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -956,7 +967,7 @@ def lock_run(run: Path):
 
 
 def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
-    """The means of the LOSSES (steps, 5) up to this step; UserError names the first that is not finite."""
+    """The means of the LOSSES (steps, 6 or 7) up to this step; UserError names one that is not finite."""
     bad = (~losses.isfinite()).nonzero()
     where = ""
     if len(bad):
@@ -988,8 +999,10 @@ def log(state: State, means: torch.Tensor, seen: dict, seconds: float, steps: in
     losses += "".join(f"  {name.replace('_', ' ')} {value:.2f}" for name, value in seen.items())
     try:
         print(f"{done}  {minutes} left  {losses}  {entry['peak_memory_mb']:,} MB", flush=True)
-    except OSError:  # nobody reads on; a signal says so as well
-        speak_to_nobody()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a full disk, behind `train > log.txt`
+            raise
+        speak_to_nobody()  # a closed pipe or a terminal that is gone, of which a signal tells as well
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
@@ -1026,7 +1039,11 @@ def logged(run: Path) -> list[dict]:
     """The entries of log.jsonl; a last line that was cut short is none."""
     path = run / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(entries, key=lambda entry: int(entry["step"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has a line that is no entry of a log; mend or remove it") from error
 
 
 def forget_log_after(run: Path, step: int) -> None:
@@ -1045,8 +1062,9 @@ def stop_signals():
     """
     caught, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if os.name == "posix":
-        hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-        numbers += [signal.SIGPIPE, signal.SIGHUP] if hung_up else [signal.SIGPIPE]
+        numbers.append(signal.SIGPIPE)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
 
     def note(number, frame):
         caught.append(number)
@@ -1342,6 +1360,8 @@ def train(args: argparse.Namespace) -> int:
     else:
         path, contents, config = trained_before(args, given)
     check_panorama(args, config, "this run")
+    if args.eval_every is not None and (why := evaluation_needs(config)):
+        raise UserError(f"--eval-every {args.eval_every} needs {why}; leave it out")
     if args.dry_run:
         return dry_run(config)
 
@@ -1384,7 +1404,8 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
     if "G" not in contents:
         raise UserError(f"{name} {path} holds averaged weights only, which cannot be trained further")
     if name == "--resume" and checkpoints(path.parent)[-1:] != [path]:
-        hint = f"give {path.parent}, or copy it, as it is named, to a new folder to branch off"
+        name_ = f"checkpoint-{contents['step']:09d}.pt"
+        hint = f"give {path.parent}, or to branch off copy it to a new folder as {name_}"
         raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
     again = ("steps", "data") if name == "--resume" else ("steps", "data", "extrapolate")
     if args.preset is not None or (args.run is not None and name == "--resume"):
@@ -1413,7 +1434,7 @@ def check_panorama(args: argparse.Namespace, config: Config, what: str) -> None:
 
 def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, args) -> int:
     config, device = state.config, state.device
-    numbers, held_out = split(len(stored), config.holdout)
+    numbers, _ = split(len(stored), config.holdout)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
         images = torch.from_numpy(stored)
@@ -1422,11 +1443,11 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
-    measure = evaluation(state.G_average, stored, held_out if config.holdout else numbers, args)
+    measure = evaluation(state.G_average, stored, args.eval_count)
     # What the best checkpoint is chosen by: post-training may get worse again (appendix E).
     figure, sample_every = ("ring_seam", 100) if any(config.ring) else ("swd", 1000)
-    best = min((entry[figure] for entry in logged(run) if figure in entry), default=math.inf)
     sample_every = args.sample_every or sample_every
+    best = min((entry[figure] for entry in logged(run) if figure in entry), default=math.inf)
 
     some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
     real_variety = azimuth_variety(some, config.S) if config.closed[1] and config.K > 1 else 0
@@ -1436,10 +1457,10 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
 
         azimuth_variety: 1 if as that of real images. ring_seam, inner_seam: see `ring_seams`.
         """
-        images = to_uint8(full_image(state.G_average, z_shown, ring=config.ring))
-        seen = {}
+        images, seen = to_uint8(full_image(state.G_average, z_shown, ring=config.ring)), {}
         if real_variety:
-            seen["azimuth_variety"] = azimuth_variety(images, config.S) / real_variety
+            within = images[:, config.ring[0] * config.S :][:, : config.height]
+            seen["azimuth_variety"] = azimuth_variety(within, config.S) / real_variety
         if any(config.ring):
             seams = zip(("ring_seam", "inner_seam"), ring_seams(images, config.S, config.ring))
             seen |= {name: seam for name, seam in seams if not math.isnan(seam)}
@@ -1451,13 +1472,12 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
         save_picture(grid(to_uint8(batch.x_macro[:64])), run / "real-macro.png")
         save_picture(grid(stored[numbers[:24].numpy()]), run / "real.png")
-    seen = show()
+    seen, seamless, last = show(), False, False
     parameters = sum(p.numel() for net in networks(state) for p in net.parameters())
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    losses, last = [], False  # losses: those of each step since the last look
-    started, first = time.monotonic(), state.step
+    losses, started, first = [], time.monotonic(), state.step  # losses: of each step since the last line
     with stop_signals() as signals, tensorboard(run, state.step) as board:
         while not last:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
@@ -1472,55 +1492,74 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             if not (drawing or logging or saving or measuring):
                 continue
             # Only from here on a GPU is waited for.
-            means = check_finite(torch.stack(losses).cpu().double(), state, run)
-            losses.clear()
+            means, new = check_finite(torch.stack(losses).cpu().double(), state, run), {}
             if drawing:
-                seen = show()
+                new = seen = show()
                 # Post-training has done its work when the borders of the ring show no more than those inside.
                 seamless = seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
                 last = last or seamless
-            entry = {**seen, **(measure() if measuring else {})}
-            if (drawing or measuring) and entry.get(figure, math.inf) < best:
-                best = entry[figure]
-                write_checkpoint(state, run / "best.pt", fingerprint)
-            if last or logging or measuring:
-                log(state, means, entry, time.monotonic() - started, state.step - first, run, board)
             if last or saving:
                 path = save_checkpoint(state, run, fingerprint, args.keep)
+            if measuring:
+                new = {**new, **measure()}
+            if new.get(figure, math.inf) < best:
+                best = new[figure]
+                write_checkpoint(state, run / "best.pt", fingerprint)
+            if last or logging or figure in new:
+                log(state, means, {**seen, **new}, time.monotonic() - started, state.step - first, run, board)
+                losses.clear()
     if signals and state.step < config.steps:
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
         return 128 + signals[0]
     if seamless:
         print(f"step {state.step:,}: the borders of the ring show no more than those inside")
-    more = f"{run / 'best.pt'} --extrapolate {config.extrapolate}" if any(config.ring) else run
+    more = run / "best.pt" if any(config.ring) and (run / "best.pt").exists() else run
+    more = f"{more} --extrapolate {config.extrapolate}" if any(config.ring) else more
     print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0
 
 
-def evaluation(G: Generator, stored: np.ndarray, numbers: torch.Tensor, args):
-    """A function that compares images of G with real ones, those of `numbers`; None if there is to be none.
+def evaluation_needs(config: Config) -> str:
+    """What is missing to measure distances to real images, if anything."""
+    try:
+        importlib.import_module("experiments.metrics")
+    except ImportError:
+        return "the folder experiments/ beside coco_gan.py"
+    return "images of at least 16 pixels a side" if min(config.height, config.width) < 16 else ""
 
-    It returns swd, the sliced Wasserstein distance x 1,000, and seam_ratio, of as many latents as images,
-    the same every time, and leaves all that training uses as it is.
+
+def evaluation(G: Generator, stored: np.ndarray, count: int):
+    """A function that compares images of G with real ones; None if there is nothing to compare with.
+
+    It returns swd and swd_floor, the sliced Wasserstein distances x 1,000 of generated and of more real
+    images from those held out (or from half of all, if none are), and seam_ratio. The latents are the same
+    every time, and all that training uses stays as it is.
     """
-    config, why = G.config, ""
-    if importlib.util.find_spec("experiments") is None:
-        why = "needs the folder experiments/ beside coco_gan.py"
-    elif min(config.height, config.width) < 16:
-        why = "needs images of at least 16 pixels a side"
-    if why and args.eval_every is not None:
-        raise UserError(f"--eval-every {args.eval_every} {why}; leave it out")
-    if why:
+    config, device = G.config, next(G.parameters()).device
+    pools = split(len(stored), config.holdout or len(stored) // 2)
+    count = min(count, *map(len, pools), MEASURED_PIXELS // (config.height * config.width))
+    if evaluation_needs(config) or count < 2:
         return None
-    from experiments.metrics import in_training
+    from experiments import metrics
 
-    some = numbers[split(len(numbers), min(args.eval_count, len(numbers)))[1]].numpy()
-    device = next(G.parameters()).device
+    more, some = (numbers[split(len(numbers), count)[1]].numpy() for numbers in pools)
+    floor = {}
 
     def generate(first: int, last: int) -> np.ndarray:
         return to_uint8(full_image(G, latents(range(first, last), config.z_dim)))
 
-    return lambda: in_training(generate, stored[some], config.S, config.closed, device)
+    def others(first: int, last: int) -> np.ndarray:
+        return stored[more[first - metrics.MOST_IMAGES : last - metrics.MOST_IMAGES]]
+
+    def measure() -> dict[str, float]:
+        how = stored[some], config.S, config.closed, device
+        with memory(f"memory is full of the images to measure; try --eval-count {max(count // 2, 2)}"):
+            if not floor:
+                floor.update(metrics.in_training(others, *how))
+            figures = metrics.in_training(generate, *how)
+        return {**figures, "swd_floor": floor["swd"]} if "swd" in figures and "swd" in floor else figures
+
+    return measure
 
 
 def choose_device(name: str) -> torch.device:
@@ -1575,8 +1614,8 @@ def dry_run(config: Config) -> int:
         c = torch.empty(2, config.c_dim)
         nets["G"](torch.empty(2, config.z_dim), c)
         _, h = nets["D"](torch.empty(2, 3, config.N * config.S, config.M * config.S), c)
-        for name in nets.keys() - {"G", "D"}:
-            nets[name](h)
+        for head in [*nets.values()][2:]:
+            head(h)
     values = dict.fromkeys(nets, 0)
     for name, kind, output in rows:
         output = output[0] if isinstance(output, tuple) else output
@@ -1784,7 +1823,7 @@ def build_parser() -> Parser:
         type=positive,
         default=2048,
         metavar="M",
-        help="images that are compared then (default: 2048)",
+        help="images that are compared then (default: 2048, of large ones fewer)",
     )
     add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
     text = "configuration: the defaults are the paper's where it gives one; presets change some"

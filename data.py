@@ -79,7 +79,7 @@ def load_images(
     """Map the images of a source, all cut to one size, decoding them first where no earlier call did.
 
     Args:
-        source: a folder or a zip of photographs, or "toy:faces".
+        source: a folder or a zip of photographs, or one of TOYS.
         height, width: size of every image in px.
         crop: "center", the largest centred rectangle of the wanted shape; "celeba", the paper's rows 50 to
             177 and columns 25 to 152 of an aligned 178 x 218 image; "squash", the whole image, out of shape;

@@ -64,7 +64,7 @@ from coco_gan import (
     train_step,
     writing,
 )
-from data import UserError, load_images
+from data import CROPS, UserError, load_images
 from experiments.evaluate import choose_real, write
 from experiments.metrics import MOST_IMAGES, in_training
 
@@ -383,7 +383,8 @@ def ablations(args: argparse.Namespace) -> None:
         why = "it is a folder" if path.is_dir() else "its folder is missing or read-only"
         raise UserError(f"--json {path} cannot be written: {why}; name another file")
 
-    stored = load_images(base.data, base.height, base.width, crop=base.crop, cache=args.cache)
+    how = dict(crop=base.crop, seed=base.seed, cache=args.cache)
+    stored = load_images(base.data, base.height, base.width, **how)
     (real, more), (numbers, _) = (
         choose_real(stored, base.holdout, args.count),
         split(len(stored), base.holdout),
@@ -430,7 +431,7 @@ def ablations(args: argparse.Namespace) -> None:
             with memory(f"memory of {device} is full at {variant}; leave it out of --variants"):
                 config = replace(configs[names[0]], seed=seed)
                 results = run(variant, names, config, device, (images, stored, numbers, real), path)
-            contents = read(path)  # another process may have added to it
+            contents = read(path)
             contents["results"] |= {f"{name} {seed}": result for name, result in results.items()}
             store(path, contents)
             for name, result in results.items():
@@ -449,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--variants", metavar="LIST", help=f"some of {','.join(VARIANTS)} (default: all)")
     add("--preset", default="tiny", metavar="NAME", help="what they are variants of (default: tiny)")
     add("--data", metavar="PATH", help="folder or zip of photographs (default: the preset's)")
-    add("--crop", metavar="str", help="center, celeba or squash (default: center)")
+    add("--crop", metavar="str", help=f"{', '.join(CROPS)} (default: center)")
     add("--holdout", type=int, metavar="N", help="images kept out of training, to compare with (default: 0)")
     add("--precision", metavar="str", help="auto, fp32 or bf16 (default: auto)")
     add("--count", type=int, default=2048, metavar="N", help="images of each set compared (default: 2048)")

@@ -77,7 +77,6 @@ def generate(G: Generator, count: int, seed: int, folder: str) -> np.ndarray:
         for first in range(end - count, end, batch_size):
             z = latents(range(first, min(first + batch_size, end)), G.config.z_dim)
             file.write(to_uint8(full_image(G, z)).tobytes())
-        file.flush()
         return np.memmap(file, np.uint8, "r", shape=(count, H, W, 3))
 
 
@@ -128,9 +127,9 @@ def load_network(path: str, device: torch.device) -> tuple[torch.jit.ScriptModul
 def read_array(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
     """An array of an .npz, of at most so many bytes: a small file may unpack to terabytes."""
     with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if version != (1, 0) or dtype.itemsize * math.prod(shape) > most:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # no other version parses as this one
+    if dtype.itemsize * math.prod(shape) > most:
         raise ValueError(f"{name} would be {dtype} {shape}")
     with archive.open(f"{name}.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
@@ -150,7 +149,7 @@ def read_statistics(path: str) -> tuple[np.ndarray, np.ndarray, dict]:
             sigma = read_array(archive, "sigma", 8 * MOST_FEATURES**2)
         if not isinstance(about, dict) or {name: type(value) for name, value in about.items()} != ABOUT:
             raise ValueError("it does not tell what made it")
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not mu.dtype == sigma.dtype == np.float64:
+        if sigma.shape != mu.shape * 2 or not mu.dtype == sigma.dtype == np.float64:
             raise ValueError(f"mu is {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("a number is not finite")
@@ -282,8 +281,9 @@ def evaluate(args: argparse.Namespace) -> None:
     width = max(map(len, generated))
     print(f"\n{'':{width}}{'real':>10}{'generated':>12}{'floor':>10}")
     for name, value in generated.items():
-        first = f"{of_real[name]:.2f}" if name in of_real else ""
-        print(f"{name:{width}}{first:>10}{value:12.2f}{floor[name]:10.2f}")
+        row = of_real.get(name), value, floor[name]
+        row = ["" if v is None else f"{v:.2f}" if abs(v) > 0.1 else f"{v:.2g}" for v in row]
+        print(f"{name:{width}}{row[0]:>10}{row[1]:>12}{row[2]:>10}")
     print(f"\nfloor: {count:,} more real images in place of the generated; a seam ratio of 1 is seamless")
     print(f"{seconds:.1f} s on {device}")
     if args.json:

@@ -14,12 +14,13 @@ Source: COCO-GAN, sections 3.2 and 3.5, appendices G, I and K; `mix`: LocoGAN (S
 """
 
 import argparse
-import io
 import math
 import os
 import re
 import signal
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,18 @@ from coco_gan import (
     Parser,
     check_panorama,
     choose_device,
+    draw_places,
     find_checkpoint,
     fitting,
-    framed,
     free_name,
     full_image,
     grid,
+    latent,
     latents,
     load,
     memory,
     merge_patches,
-    micro_coordinates,
+    micro_matrix,
     micro_patches,
     normalised_for_good,
     parse_seeds,
@@ -58,10 +60,11 @@ from coco_gan import (
     to_uint8,
     writing,
 )
-from data import ENDINGS, FORMATS, UserError, decode_image
+from data import ENDINGS, UserError, _read_rgb, _reason, decode_image
 from experiments.view import save_animation
 
 MOST_PIXELS = 2**26  # of a figure, about: all of it is in memory
+WHITE = (255, 255, 255)
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -130,6 +133,214 @@ def sheet(rows) -> np.ndarray:
     if rows.shape[3] > rows.shape[2]:
         rows = rows.swapaxes(0, 1)
     return grid(rows.reshape(-1, *rows.shape[2:]), rows.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Patch-guided generation (section 3.5, appendix K): from a macro patch to a place and a latent, and back
+# ----------------------------------------------------------------------------------------------------------
+
+
+def load_judge(path: Path, G: Generator) -> tuple[Discriminator, Head, Head]:
+    """D, A and Q of the checkpoint of G, on its device: `feature` of D gives h, A(h) is c' and Q(h) is z."""
+    contents, config = read_checkpoint(path)
+    if not config.guided:
+        why = "was trained without the head Q, which guides"
+        raise UserError(f"{path} {why}; train with: python coco_gan.py train --guided")
+    if "Q" not in contents:
+        raise UserError(f"{path} holds averaged weights only; give the run that it was taken from")
+    D = Discriminator(config)
+    nets = dict(D=D, A=Head(D.linear.in_features, config.c_dim), Q=Head(D.linear.in_features, config.z_dim))
+    for name, net in nets.items():
+        with fitting(path):
+            net.load_state_dict(contents[name])
+        normalised_for_good(net).to(next(G.parameters()).device).requires_grad_(False).eval()
+    renew_statistics(G, **nets)
+    return tuple(nets.values())
+
+
+def renew_statistics(G: Generator, D: Discriminator, A: Head, Q: Head) -> None:
+    """Give the batch norm of A and Q the means and variances of 128 generated macro patches.
+
+    Training's running averages lag behind h, which changes quickly: in eight checkpoints of a run with preset
+    small, A's mean squared error on real macro patches was 0.11 to 1.01 with those, and 0.02 to 0.20 so.
+    """
+    config, rng = replace(G.config, batch_size=128), torch.Generator().manual_seed(0)
+    z = latent(128, config.z_dim, rng).to(next(G.parameters()).device)
+    at = torch.stack(draw_places(config, rng), dim=1) / config.S
+    some = zip(z.split(at_once(config)), at.split(at_once(config)))
+    h = torch.cat([feature(D, macro_patches(G, *z_and_at)) for z_and_at in some])
+    for head in (A, Q):
+        head.norm.momentum = 1  # all of these, nothing of what was
+        head.train()(h)
+        head.eval()
+
+
+def at_once(config: Config) -> int:
+    """How many macro patches to make at a time: with the paper's G and gradients, of about 1 GB."""
+    return max(1, 2**16 // (config.N * config.M * config.S**2))
+
+
+def feature(D: Discriminator, x_macro: torch.Tensor) -> torch.Tensor:
+    """h, which does not depend on c': (B, 3, N·S, M·S) -> (B, features)."""
+    return D(x_macro, x_macro.new_zeros(len(x_macro), D.projection.in_features))[1]
+
+
+def positions_of(c_macro: torch.Tensor, config: Config) -> torch.Tensor:
+    """The inverse of `macro_coordinates`: (B, c_dim) -> (B, 2), in micro patches, fractions included."""
+    positions, values = [], c_macro.unbind(dim=1)
+    for count, closed in zip(config.places, config.closed):
+        if closed:
+            cos, sin, *values = values
+            positions.append((torch.atan2(sin, cos) / math.pi + 1) / 2 * count % count)
+        else:
+            c, *values = values
+            positions.append((c + 1) / 2 * (count - 1))
+    return torch.stack(positions, dim=1)
+
+
+def macro_patches(G: Generator, z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """s' at any positions, (B, 2) in micro patches, on the CPU: (B, z_dim) -> (B, 3, N·S, M·S)."""
+    N, M = G.config.N, G.config.M
+    c_micro = micro_matrix(G.config, *at.unbind(dim=1)).to(z.device)  # (B·N·M, c_dim)
+    return merge_patches(G(z.repeat_interleave(N * M, dim=0), c_micro), N, M)
+
+
+def refine(G: Generator, z: torch.Tensor, x_macro: torch.Tensor, at: torch.Tensor, steps: int):
+    """Move each z so that its macro patch comes closer to x', by steps of Adam. The paper has no such thing.
+
+    Args: z (B, z_dim) in [-1, 1]; x_macro (B, 3, N·S, M·S); at (B, 2), see `macro_patches`.
+    Returns: of each the best z on the way, in [-1, 1], and the errors of the first and of the best, (B,):
+    the root mean square difference of the pixels, in 0 to 255.
+    """
+
+    def error_of(z: torch.Tensor) -> torch.Tensor:
+        return (macro_patches(G, z, at) - x_macro).square().mean(dim=(1, 2, 3))
+
+    best, z = z, z.clone().requires_grad_(steps > 0)
+    adam, error = torch.optim.Adam([z], lr=0.05), error_of(z)
+    first = least = error.detach()
+    for _ in range(steps):
+        adam.zero_grad()
+        error.sum().backward()
+        adam.step()
+        with torch.no_grad():
+            z.clamp_(-1, 1)
+        error = error_of(z)
+        best = torch.where((error < least).unsqueeze(1), z.detach(), best)
+        least = least.minimum(error.detach())
+    return best, 127.5 * first.sqrt(), 127.5 * least.sqrt()
+
+
+def boxed(image: np.ndarray, place: tuple[int, int], config: Config, colour) -> np.ndarray:
+    """A copy of a full image (H, W, 3) with the macro patch at (top, left) outlined, a pixel outside it.
+
+    The outline goes on round borders that meet; at others that leave no room outside it lies on the border.
+    """
+    image, lines = image.copy(), []
+    for first, part, size, closed in zip(place, (config.N, config.M), image.shape, config.closed):
+        line = np.arange(first - 1, first + part * config.S + 1)
+        lines.append(line % size if closed else line.clip(0, size - 1))
+    rows, columns = lines
+    image[np.ix_(rows[[0, -1]], columns)] = image[np.ix_(rows, columns[[0, -1]])] = colour
+    return image
+
+
+def guided_row(photo, x_macro, s_macro, full, place, predicted, config: Config) -> np.ndarray:
+    """The four pictures that `guided` draws of a photograph, side by side on white: (h, w, 3) uint8.
+
+    Args: photo, x_macro, place: of `read_photo`; s_macro (N·S, M·S, 3), full (H, W, 3) uint8; predicted: top
+    and left of s_macro.
+    """
+    if photo is None:
+        edge, photo = WHITE, np.full_like(full, 255)
+        photo[: len(x_macro), : x_macro.shape[1]] = x_macro
+        photo = boxed(np.roll(photo, predicted, axis=(0, 1)), predicted, config, BLUE)
+    else:
+        edge, red = RED, boxed(photo, place, config, RED)
+        photo = boxed(red, predicted, config, BLUE)
+        dashes = np.indices(photo.shape[:2]).sum(axis=0) // 4 % 2 == 0  # of both, where the two coincide
+        photo = np.where((dashes & (red == RED).all(axis=2))[..., None], red, photo)
+    panels = [photo, edged(x_macro, edge), edged(s_macro, BLUE), boxed(full, predicted, config, BLUE)]
+    height, gap, x = max(len(panel) for panel in panels), 6, 0
+    row = np.full((height, sum(panel.shape[1] + gap for panel in panels) - gap, 3), 255, np.uint8)
+    for panel in panels:
+        h, w, _ = panel.shape
+        row[(height - h) // 2 :, x : x + w][:h] = panel
+        x += w + gap
+    return row
+
+
+def edged(image: np.ndarray, colour) -> np.ndarray:
+    """The image with a line around it: (h, w, 3) -> (h + 2, w + 2, 3)."""
+    h, w, _ = image.shape
+    result = np.full((h + 2, w + 2, 3), colour, np.uint8)
+    result[1:-1, 1:-1] = image
+    return result
+
+
+def read_photo(path: Path, at: tuple[int, int], config: Config):
+    """A photograph (H, W, 3), its macro patch x' (N·S, M·S, 3), both uint8, and the place of that, `at`.
+
+    It becomes a full image as for training; x' is cut out of that, round borders that meet. If it has the
+    size of a macro patch, it is x', and there is no photograph and no place: None.
+    Raises: ValueError for one that is too small, and whatever Pillow raises for what it cannot read.
+    """
+    data, height, width = path.read_bytes(), config.N * config.S, config.M * config.S
+    w, h = _read_rgb(data).size  # upright, unlike what Image.open tells
+    if h < height or w < width:
+        raise ValueError(f"is {w} x {h}, smaller than a macro patch, {width} x {height}")
+    if (h, w) == (height, width):
+        return None, decode_image(data, height, width, "squash"), None
+    crop = config.crop.removesuffix("-syn")  # whose displacements belong to the images of a training set
+    if crop == "celeba" and (w, h) != (178, 218):
+        crop = "center"
+    photo = decode_image(data, config.height, config.width, crop)
+    return photo, np.roll(photo, (-at[0], -at[1]), axis=(0, 1))[:height, :width], at
+
+
+def read_photos(where: str, at: tuple[int, int], config: Config) -> list[tuple]:
+    """Name, photograph, x' and place, see `read_photo`, of a file, or of each image that lies in a folder.
+
+    Those of a folder that cannot be used are named on stderr.
+    Raises: UserError where there is none, or more than a sheet holds.
+    """
+    folder, photos = os.path.isdir(where), []
+    paths = images_in(where) if folder else [Path(where)]
+    pixels = len(paths) * 2 * config.height * (config.width + config.M * config.S)
+    if pixels > MOST_PIXELS:
+        why = f"makes {pixels} pixels of {len(paths)} photographs"
+        raise UserError(f"{where} {why}; give fewer, for at most {MOST_PIXELS}")
+    for path in paths:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                photo = read_photo(path, at, config)
+        except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, IndexError...
+            why = f"{path}: {getattr(error, 'strerror', None) or _reason(error)}"
+            if not folder:
+                raise UserError(f"{why}; give another photograph") from error
+            print(f"skipped {why}", file=sys.stderr)
+        else:
+            name = os.fsencode(path.name).decode(errors="replace")  # print takes UTF-8 only
+            photos.append((name, *photo))
+    if not photos:
+        raise UserError(f"{where} holds no photograph that can be used; give another folder")
+    return photos
+
+
+def images_in(folder: str) -> list[Path]:
+    """The images that lie in a folder itself, sorted, dead links among them, to be named as unreadable."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(ENDINGS))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}; give another folder")
+    paths = [Path(folder, name) for name in names if name[0] != "."]
+    # Reading a named pipe would never end.
+    paths = [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    if not paths:
+        raise UserError(f"{folder} holds no image; looked for {' '.join(ENDINGS)} in any case")
+    return paths
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -209,201 +420,64 @@ def mix(G: Generator, args: argparse.Namespace) -> np.ndarray:
 
 
 def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
-    """A full image of which a macro patch of a photograph is to be a part (figures 9 and 28), a row each.
+    """For each photograph a full image that is to contain a macro patch of it (figures 9 and 28).
 
-    In a row: the photograph with the place of its patch in red and the place that A predicts in blue; the
-    patch x'; the generated macro patch at the predicted place; the full image, with that place in blue.
-    z = Q(x'); with --refine, what some steps of Adam on the pixels make of it (which the paper does not do).
+    From left to right: the photograph, framed in red where its patch x' is and in blue where A takes it to
+    be; x'; the generated macro patch at A's place, of z = Q(x'), or of what --refine made of that; the full
+    image of that z. A patch is framed as its place is. A photograph that is itself x' lies at A's place.
     """
-    config, path = G.config, args.checkpoint
-    height, width = config.N * config.S, config.M * config.S
-    D, A, Q = load_judge(path, next(G.parameters()).device)
-    names, photos, patches, places = read_photos(args, config)
-    device = next(G.parameters()).device
-    x_macro = torch.from_numpy(patches).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, N·S, M·S)
-    with torch.inference_mode():
-        _, h = D(x_macro, torch.zeros(len(x_macro), config.c_dim, device=device))
-        z, predicted = Q(h), positions_of(A(h).cpu(), config)
-    # Where the photograph is the patch itself, nobody knows its place but A.
-    known = torch.tensor([[math.nan, math.nan] if at is None else at for at in places]) / config.S
-    known = torch.where(known.isnan(), predicted, known)
-    refined, before, after = refine(G, z.clone(), x_macro, known, args.refine)
-
-    rows = []
-    s_macro = to_uint8(macro_patches(G, refined, predicted).detach())
-    for b, (photo, at) in enumerate(zip(photos, places)):
-        top, left = (predicted[b] * config.S).round().int().tolist()
-        full = to_uint8(full_image(G, refined[b : b + 1]))[0]
-        if photo is None:
-            photo = np.full_like(full, 255)
-            where = np.ix_(
-                np.arange(top, top + height) % config.height, np.arange(left, left + width) % config.width
-            )
-            photo[where] = patches[b]
-        else:
-            photo = boxed(photo, *at, config, RED)
-        photo, full = (boxed(image, top, left, config, BLUE) for image in (photo, full))
-        row = np.full((config.height, 2 * (config.width + width) + 24, 3), 255, np.uint8)
-        x = 0
-        for panel in (photo, patches[b], s_macro[b], full):
-            row[: panel.shape[0], x : x + panel.shape[1]] = panel
-            x += panel.shape[1] + 8
-        rows.append(row)
-        told = "" if at is None else f"at {at[0]},{at[1]}, "
-        told += f"predicted at {top},{left}; error {before[b]:.1f}"
-        print(f"{names[b]}: {told}" + (f", refined {after[b]:.1f}" if args.refine else "") + " of 255")
-    return grid(np.array(rows), 1, gap=8)
+    config, device = G.config, next(G.parameters()).device
+    D, A, Q = load_judge(args.checkpoint, G)
+    photos = read_photos(args.photo, macro_place(args.at, config), config)
+    rows, errors = [], []
+    for first in range(0, len(photos), at_once(config)):
+        some = photos[first : first + at_once(config)]
+        x_macro = torch.from_numpy(np.stack([patch for _, _, patch, _ in some]))  # (B, N·S, M·S, 3)
+        x_macro = x_macro.to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        h = feature(D, x_macro)
+        at = positions_of(A(h).cpu(), config)
+        z, before, after = refine(G, Q(h), x_macro, at, args.refine)
+        s_macro = to_uint8(macro_patches(G, z, at))
+        for b, (name, photo, patch, place) in enumerate(some):
+            full = to_uint8(full_image(G, z[b : b + 1]))[0]
+            top, left = (round(p * config.S) % side for p, side in zip(at[b].tolist(), full.shape))
+            rows.append(guided_row(photo, patch, s_macro[b], full, place, (top, left), config))
+            errors.append([before[b].item(), after[b].item()])
+            where = "" if place is None else f"patch at {place[0]},{place[1]}, "
+            print(f"{name}: {where}predicted at {top},{left}; {told(errors[-1], args.refine)}", flush=True)
+    if len(photos) > 1:
+        print(f"mean of {len(photos)}: {told(np.mean(errors, axis=0), args.refine)}")
+    return grid(np.array(rows), gap=24)
 
 
-def load_judge(path: Path, device) -> tuple[Discriminator, Head, Head]:
-    """D, A and Q of a checkpoint, to be called as they are: D(x', c') gives h; A(h) is c', Q(h) is z."""
-    contents, config = read_checkpoint(path)
-    if not config.guided:
-        raise UserError(
-            f"{path} was trained without the head Q; train with: python coco_gan.py train --guided"
-        )
-    if "Q" not in contents:
-        raise UserError(f"{path} holds averaged weights only; give the run that it was taken from")
-    D = Discriminator(config)
-    nets = dict(D=D, A=Head(D.linear.in_features, config.c_dim), Q=Head(D.linear.in_features, config.z_dim))
-    for name, net in nets.items():
-        with fitting(path):
-            net.load_state_dict(contents[name])
-        normalised_for_good(net).to(device).requires_grad_(False).eval()
-    return tuple(nets.values())
-
-
-def positions_of(c_macro: torch.Tensor, config: Config) -> torch.Tensor:
-    """The inverse of `macro_coordinates`: (B, c_dim) -> (B, 2), in micro patches, fractions included."""
-    ij, k = [], 0
-    for count, closed in zip(config.places, config.closed):
-        if closed:
-            cos, sin = c_macro[:, k], c_macro[:, k + 1]
-            ij.append((torch.atan2(sin, cos) / math.pi + 1) / 2 * count % count)
-        else:
-            ij.append((c_macro[:, k] + 1) / 2 * (count - 1))
-        k += 2 if closed else 1
-    return torch.stack(ij, dim=1)
-
-
-def macro_patches(G: Generator, z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """s' at positions (B, 2) in micro patches, any fraction: (B, z_dim) -> (B, 3, N·S, M·S), differentiable."""
-    N, M = G.config.N, G.config.M
-    n, m = torch.meshgrid(torch.arange(N), torch.arange(M), indexing="ij")
-    i, j = at[:, :1] + n.flatten(), at[:, 1:] + m.flatten()  # (B, N·M)
-    c_micro = micro_coordinates(G.config, i, j).flatten(0, 1).to(z.device)
-    return merge_patches(G(z.repeat_interleave(N * M, dim=0), c_micro), N, M)
-
-
-def refine(G: Generator, z: torch.Tensor, x_macro: torch.Tensor, at: torch.Tensor, steps: int):
-    """Move each z (B, z_dim) so that its macro patch comes closer to x' (B, 3, N·S, M·S), by steps of Adam.
-
-    Returns: the best z in [-1, 1] on the way; its error and that of the first: the root mean square
-    difference of the pixels, 0 to 255, (B,).
-    """
-    with torch.enable_grad():
-        z = z.requires_grad_()
-        adam, best, first, least = torch.optim.Adam([z], lr=0.05), z.detach().clone(), None, None
-        for step in range(steps + 1):
-            error = (macro_patches(G, z, at) - x_macro).square().flatten(1).mean(dim=1)  # (B,)
-            if step == 0:
-                first, least = error.detach(), error.detach().clone()
-            better = error.detach() < least
-            best[better], least[better] = z.detach()[better], error.detach()[better]
-            adam.zero_grad()
-            error.sum().backward()
-            adam.step()
-            with torch.no_grad():
-                z.clamp_(-1, 1)
-    return best, *(127.5 * error.sqrt() for error in (first, least))
-
-
-def boxed(image: np.ndarray, top: int, left: int, config: Config, colour) -> np.ndarray:
-    """The image (H, W, 3) with the outline of the macro patch at (top, left), round the borders that meet."""
-    (H, W), down, across = image.shape[:2], *config.closed
-    shift = (H // 2 - top if down else 0, W // 2 - left if across else 0)
-    image = np.roll(image, shift, axis=(0, 1))[None]
-    size = config.N * config.S, config.M * config.S
-    image = framed(image, top + shift[0], left + shift[1], *size, colour)[0]
-    return np.roll(image, (-shift[0], -shift[1]), axis=(0, 1))
-
-
-def read_photos(args: argparse.Namespace, config: Config):
-    """The photographs of a file or a folder: names, images (H, W, 3) or None, patches (n, N·S, M·S, 3), places.
-
-    A photograph of exactly a macro patch's size is one, without a known place; others become full images, as
-    for training, and the patch is cut out at --at. Those that cannot be used are named on a folder's way.
-    """
-    height, width = config.N * config.S, config.M * config.S
-    at = parse_place(args.at, config)
-    path = Path(args.photo)
-    if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS and p.name[0] != ".")
-        if not paths:
-            raise UserError(f"{path} holds no image; looked for {' '.join(ENDINGS)} in any case")
-    else:
-        paths = [path]
-    most = MOST_PIXELS // (2 * config.height * config.width)
-    if len(paths) > most:
-        raise UserError(f"{path} holds {len(paths)} images; a sheet has room for {most}")
-    names, photos, patches, places = [], [], [], []
-    for path in paths:
-        try:
-            data = path.read_bytes()
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                w, h = image.size
-            if w < width or h < height:
-                raise ValueError(f"is {w} x {h}, smaller than a macro patch of {width} x {height}")
-            if (w, h) == (width, height):
-                photo, patch, place = None, decode_image(data, height, width, "squash"), None
-            else:
-                crop = "squash" if config.crop == "squash" else "center"
-                crop = "celeba" if config.crop.startswith("celeba") and (w, h) == (178, 218) else crop
-                photo, place = decode_image(data, config.height, config.width, crop), at
-                rows, columns = (np.arange(p, p + side) for p, side in zip(at, (height, width)))
-                patch = photo[np.ix_(rows % config.height, columns % config.width)]
-        except Exception as error:  # whatever Pillow raises for what it cannot read
-            why = "is no image that can be read"
-            if isinstance(error, ValueError):
-                why = str(error)
-            elif isinstance(error, OSError) and error.strerror:
-                why = f"cannot be read: {error.strerror}"
-            if path == Path(args.photo):
-                raise UserError(f"{path} {why}; give another photograph")
-            print(f"skipped: {path} {why}", file=sys.stderr)
-            continue
-        for values, value in zip((names, photos, patches, places), (path.name, photo, patch, place)):
-            values.append(value)
-    if not names:
-        raise UserError(f"{args.photo} holds no photograph that can be used")
-    return names, photos, np.stack(patches), places
-
-
-def parse_place(text: str | None, config: Config) -> tuple[int, int]:
-    """ "top,left" of a macro patch in pixels of a full image, or the one in the middle."""
-    sizes = (config.height, config.N * config.S), (config.width, config.M * config.S)
-    last = [size - 1 if closed else size - part for (size, part), closed in zip(sizes, config.closed)]
-    if text is None:
-        return tuple((size - part) // 2 for size, part in sizes)
-    if not re.fullmatch(r"\d{1,9},\d{1,9}", text):
-        raise UserError(f"--at {text} is no place; give top,left in pixels, like {last[0]},0")
-    top, left = map(int, text.split(","))
-    if top > last[0] or left > last[1]:
-        raise UserError(f"--at {text} is outside of the image; give 0 to {last[0]} and 0 to {last[1]}")
-    return top, left
+def told(errors, steps: int) -> str:
+    before, after = errors
+    return f"error {before:.1f} of 255" + (f", {after:.1f} after {steps} steps" if steps else "")
 
 
 def place(text: str | None, config: Config) -> tuple[int, int]:
     """ "row,column" of a micro patch, or the one in the middle, the upper left of four."""
-    R, K = config.R, config.K
+    last = config.R - 1, config.K - 1
+    return parse_place(text, last, "row,column of a micro patch") or (last[0] // 2, last[1] // 2)
+
+
+def macro_place(text: str | None, config: Config) -> tuple[int, int]:
+    """ "top,left" of a macro patch in pixels of a full image, or the one in the middle."""
+    sizes = (config.height, config.N * config.S), (config.width, config.M * config.S)
+    last = tuple(size - (1 if closed else part) for (size, part), closed in zip(sizes, config.closed))
+    return parse_place(text, last, "top,left in pixels") or tuple((size - part) // 2 for size, part in sizes)
+
+
+def parse_place(text: str | None, last: tuple[int, int], what: str) -> tuple[int, int] | None:
+    """ "a,b" -> (a, b), each from 0 to `last`."""
     if text is None:
-        return (R - 1) // 2, (K - 1) // 2
+        return None
     if not re.fullmatch(r"\d{1,9},\d{1,9}", text):
-        raise UserError(f"--at {text} is no place; give row,column of a micro patch, like {R - 1},0")
-    i, j = map(int, text.split(","))
-    if not (i < R and j < K):
-        raise UserError(f"--at {text} is outside of the image; give 0 to {R - 1} and 0 to {K - 1}")
-    return i, j
+        raise UserError(f"--at {text} is no place; give {what}, like {last[0]},0")
+    a, b = map(int, text.split(","))
+    if a > last[0] or b > last[1]:
+        raise UserError(f"--at {text} is outside of the image; give 0 to {last[0]} and 0 to {last[1]}")
+    return a, b
 
 
 def chosen(args: argparse.Namespace, config: Config, pixels: int, least: int = 1) -> torch.Tensor:
@@ -424,6 +498,7 @@ def figure(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)} is out of range; give {low} to {high}")
     device, animated = choose_device(args.device), getattr(args, "gif", None)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
+    torch.backends.cudnn.deterministic = True  # nor on chance, as that of its gradients may, for --refine
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
     flag, endings = ("--gif", (".gif", ".webp")) if animated else ("--out", PICTURES)
     out = Path(animated or args.out or free_name(picture_folder(path) / args.command))
@@ -482,9 +557,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--blend", type=int, metavar="N", help=text)
     add = adders[guided]
     add("photo", metavar="PHOTO", help="a photograph, or a folder of them")
-    add(
-        "--at", metavar="TOP,LEFT", help="place of the patch in the image, in pixels (default: in the middle)"
-    )
+    add("--at", metavar="TOP,LEFT", help="where its patch is taken, in pixels (default: in the middle)")
     add("--refine", type=int, default=0, metavar="N", help="steps that improve z on the pixels (default: 0)")
     try:
         figure(parser.parse_args(argv))

@@ -446,10 +446,13 @@ def in_training(generate, real, S, wrap=(False, False), device="cpu"):
     check_images("real", real)
     n, H, W, _ = real.shape
     B, end = max(1, PIXELS_PER_BATCH // (H * W)), MOST_IMAGES + n
-    fake = np.concatenate([generate(i, min(i + B, end)) for i in range(MOST_IMAGES, end, B)])
-    check_images("fake", fake)
-    if fake.shape != real.shape:
-        raise ValueError(f"generated images must be {real.shape}; got {fake.shape}")
+    fake = np.empty(real.shape, np.uint8)
+    for i in range(MOST_IMAGES, end, B):
+        images = generate(i, min(i + B, end))
+        check_images("fake", images)
+        if images.shape != (min(B, end - i), H, W, 3):
+            raise ValueError(f"generated images must be {real.shape[1:]}; got {images.shape}")
+        fake[i - MOST_IMAGES :][: len(images)] = images
     figures = {}
     with contextlib.suppress(ValueError):
         figures["swd"] = sliced_wasserstein(real, fake, device=device)["mean"]

@@ -29,6 +29,7 @@ from data import load_images
 from experiments import evaluate, metrics
 from experiments.metrics import column_seams, seam_ratio
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 PHOTOS, HELD_OUT = 20, 6
 NAMES = ["SWD x 1,000, 32 px", "SWD x 1,000, 16 px", "SWD x 1,000, mean", "seam ratio"]
 NAMES += [f"{name} {colour}" for name in ("mean", "deviation") for colour in ("red", "green", "blue")]
@@ -117,6 +118,9 @@ def test_held_out_images_are_compared(here, compared, capsys):
     assert "note: --count 16,384 is more than" in capsys.readouterr().out
     G = load(here / "held")
     assert np.array_equal(generated, to_uint8(full_image(G, latents(range(HELD_OUT), G.config.z_dim))))
+    assert run(here, "--checkpoint", here / "held", "--seed", 2, "--count", 2) == 0
+    z = latents([2_000_000, 2_000_001], G.config.z_dim)
+    assert np.array_equal(compared[3][1], to_uint8(full_image(G, z)))
 
 
 @pytest.mark.parametrize(
@@ -188,12 +192,15 @@ def test_a_full_disk_is_a_line(here, monkeypatch, capsys):
     assert error.startswith(f"error: --cache {here}/cache cannot be written: No space left on device")
 
 
-def test_real_images_are_read_as_they_are_looked_at():
+def test_real_images_are_read_as_they_are_looked_at(monkeypatch):
+    released = []
+    monkeypatch.setattr(evaluate, "release_pages", released.append)
     images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), dtype=np.uint8)
     with traced() as peak:
         sets = evaluate.choose_real(images, 0, 2000)
         parts = [np.stack([part[0].copy() for part in metrics.chunks(some)]) for some in sets]
     assert peak() < images.nbytes / 8
+    assert len(released) == 2 * 125 and all(some is images for some in released)
     for some, part in zip(sets, parts):
         assert some.shape == (2000, 32, 32, 3) and some.dtype == np.uint8 and len(some) == len([*some])
         assert np.array_equal(part, images[some.numbers[::16]]) and np.array_equal(some[3:5], some[:5][3:])
@@ -346,6 +353,9 @@ def test_features_by_hand(networks, tmp_path, capsys):
     assert (result["features"], result["sha256"]) == (str(here / name), digest)
     assert f"4 features of {here / name}, SHA-256 {digest}" in out and "FID" not in result["floor"]
     assert "note: that is not NVIDIA's" in out
+    fid = [result[column]["Frechet distance"] for column in ("generated", "floor")]
+    (row,) = [line for line in out.splitlines() if line.startswith("Frechet distance  ")]
+    assert [float(text) for text in row.split()[2:]] == pytest.approx(fid, rel=0.05)  # of the order of 0.1
     assert "warning: 6 images are too few for a covariance of 4 features (under 2,048)" in out
 
 
@@ -424,6 +434,15 @@ def test_statistics_stand_for_the_real_images(networks, saved, tmp_path, capsys)
     assert others["floor"]["Frechet distance"] != first["floor"]["Frechet distance"]
 
 
+def test_statistics_of_few_images_are_warned_of(networks, saved, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "RELIABLE_COUNT", 3)
+    assert command(networks, "Four.pt", "--statistics", saved[0]) == 0
+    assert "warning" not in capsys.readouterr().out
+    rewrite(saved[0], about={**about_of(saved[0]), "count": 4})
+    assert command(networks, "Four.pt", "--statistics", saved[0]) == 0
+    assert "warning: 4 images are too few for a covariance of 4 features" in capsys.readouterr().out
+
+
 def test_statistics_of_another_network_or_size_are_refused(networks, saved, compared, capsys):
     here, (path, _) = networks, saved
     assert command(here, "Plain.pt", "--statistics", path) == 2
@@ -432,6 +451,8 @@ def test_statistics_of_another_network_or_size_are_refused(networks, saved, comp
     rewrite(path, about={**about_of(path), "height": 64})
     assert command(here, "Four.pt", "--statistics", path) == 2
     assert "of 64 x 32 px, and not by this" in capsys.readouterr().err
+    assert command(here, "Four.pt", "--statistics", here / "none") == 2
+    assert f"--statistics {here}/none does not exist; make one by" in capsys.readouterr().err
     assert compared == []
 
 
@@ -452,6 +473,12 @@ def rewrite(path, **changed):
 def header(shape, descr="<f8"):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def later_header(shape):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_2_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
@@ -495,9 +522,11 @@ def flip(path, place):
             "sigma would be float64 (1048576, 1048576)",
         ),
         (lambda path: bomb(path, "about", header((), "<U99999999")), "about would be <U99999999 ()"),
-        (lambda path: bomb(path, "mu", header((4,)) + bytes(10**8)), "mu is longer than it says"),
+        (lambda path: bomb(path, "mu", header((4,)) + bytes(10**6)), "mu is longer than it says"),
         (lambda path: bomb(path, "mu", header((4,)) + bytes(31)), "EOF"),
-        (lambda path: bomb(path, "mu", b"\x93NUMPY\x02\x00" + bytes(200)), "cannot be used: "),
+        (lambda path: bomb(path, "mu", later_header((2**40,))), "cannot be used: Cannot parse header"),
+        (lambda path: rewrite(path, mu=np.float64(0), sigma=np.float64(0)), "cannot be used: "),
+        (lambda path: rewrite(path, mu=np.ones((2, 2)), sigma=np.ones((2, 2, 2, 2))), "cannot be used: "),
         (lambda path: flip(path, b"sigma.npy"), "Bad CRC-32"),
         (lambda path: rewrite(path, mu=np.zeros(3), sigma=np.eye(3)), "has 3 features, --features gives 4"),
     ],
