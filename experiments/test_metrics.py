@@ -570,5 +570,7 @@ def test_figures_in_training_leave_out_what_there_is_not():
     assert in_training(lambda first, last: real[:, :8, :8], real[:, :8, :8], 4) == {"seam_ratio": 1}
     with pytest.raises(ValueError, match=r"must be \(4, 16, 16, 3\); got \(4, 16, 8, 3\)"):
         in_training(lambda first, last: real[:, :, :8], real, 8)
+    with pytest.raises(ValueError, match=r"got \(3, 16, 16, 3\)"):  # one too few
+        in_training(lambda first, last: real[:3], real, 8)
     with pytest.raises(ValueError, match="fake must be uint8"):
         in_training(lambda first, last: real / 255, real, 8)
