@@ -1398,28 +1398,29 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
         raise UserError("--from begins a new run and --resume goes on with one; give one of them")
     if args.source is not None and "extrapolate" not in given:
         raise UserError("--from is for post-training; add --extrapolate 1, or go on with a run by --resume")
-    name, where = ("--resume", args.resume or None) if args.source is None else ("--from", args.source)
-    path = find_checkpoint(where, name, args.panorama)
+    resuming = args.resume is not None
+    option, where = ("--resume", args.resume or None) if resuming else ("--from", args.source)
+    path = find_checkpoint(where, option, args.panorama)
     contents, config = read_checkpoint(path)
     if "G" not in contents:
-        raise UserError(f"{name} {path} holds averaged weights only, which cannot be trained further")
-    if name == "--resume" and checkpoints(path.parent)[-1:] != [path]:
-        name_ = f"checkpoint-{contents['step']:09d}.pt"
-        hint = f"give {path.parent}, or to branch off copy it to a new folder as {name_}"
+        raise UserError(f"{option} {path} holds averaged weights only, which cannot be trained further")
+    if resuming and checkpoints(path.parent)[-1:] != [path]:
+        hint = f"give {path.parent}, or to branch off copy it to a new folder as "
+        hint += f"checkpoint-{contents['step']:09d}.pt"
         raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
-    again = ("steps", "data") if name == "--resume" else ("steps", "data", "extrapolate")
-    if args.preset is not None or (args.run is not None and name == "--resume"):
+    again = ("steps", "data") if resuming else ("steps", "data", "extrapolate")
+    if args.preset is not None or (args.run is not None and resuming):
         what = "preset" if args.preset is not None else "run"
-        raise UserError(f"--{what} cannot be given with {name}, which keeps the run's; leave it out")
+        raise UserError(f"--{what} cannot be given with {option}, which keeps the run's; leave it out")
     for field, value in given.items():
         if field not in again and value != getattr(config, field):
             was = f"{flag(field)} was {getattr(config, field)} in {path} and is now {value}"
-            raise UserError(f"{was}; leave it out, or start a new run without {name}")
-    if name == "--from":
+            raise UserError(f"{was}; leave it out, or start a new run without {option}")
+    if not resuming:
         given = {"steps": contents["step"] + STEPS_BEYOND, **given}
     config = dataclasses.replace(config, **{field: given[field] for field in again if field in given})
     check_config(config)
-    if name == "--from" and not any(config.ring):
+    if not resuming and not any(config.ring):
         raise UserError(f"--extrapolate {config.extrapolate} adds nothing to train; give 1 or more")
     if contents["step"] >= config.steps:
         raise UserError(f"{path} has done {contents['step']} steps already; give more by --steps to go on")
@@ -1505,7 +1506,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             if new.get(figure, math.inf) < best:
                 best = new[figure]
                 write_checkpoint(state, run / "best.pt", fingerprint)
-            if last or logging or figure in new:
+            if last or logging or new:
                 log(state, means, {**seen, **new}, time.monotonic() - started, state.step - first, run, board)
                 losses.clear()
     if signals and state.step < config.steps:

@@ -271,7 +271,7 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
     Raises: ValueError where "celeba" or "celeba-syn" does not fit, and whatever Pillow raises for files that
         it can't read.
     """
-    image = _read_rgb(data)
+    image = read_rgb(data)
     w, h = image.size
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
@@ -288,7 +288,7 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
 
 
-def _read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
+def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file as upright RGB; a JPEG far larger than (width, height) enough comes smaller."""
     if not data:
         raise ValueError("is empty")
@@ -315,7 +315,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image could not be read, as one line for its reader."""
     if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
         return "is no image that Pillow can read"
     return " ".join(str(error).split()) or type(error).__name__
@@ -341,7 +342,7 @@ def _serve() -> None:
             try:
                 results.append(bytes(globals()[work](data, *options)))
             except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, IndexError...
-                reason = _reason(error)
+                reason = reason_of(error)
             reasons.append(reason)
     os._exit(0)  # no flushing into a closed pipe
 
@@ -404,7 +405,7 @@ def _in_processes(
                 try:
                     data = read(name)
                 except Exception as error:  # encrypted, bad checksum, unknown compression, no permission...
-                    data, unread[name] = b"", _reason(error)
+                    data, unread[name] = b"", reason_of(error)
                 pickle.dump(data, process.stdin)
             pickle.dump(None, process.stdin)
             process.stdin.flush()
@@ -675,11 +676,11 @@ def draw_panorama(
     images, sizes = [], []
     for name, content in files.items():
         try:
-            images.append(_read_rgb(content, (enough if cube else 2 * enough, enough)))
+            images.append(read_rgb(content, (enough if cube else 2 * enough, enough)))
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                sizes.append(image.size)  # as it was before _read_rgb made it smaller
+                sizes.append(image.size)  # as it was before read_rgb made it smaller
         except Exception as error:
-            raise ValueError(f"{name!r}: {_reason(error)}" if cube else _reason(error)) from error
+            raise ValueError(f"{name!r}: {reason_of(error)}" if cube else reason_of(error)) from error
     usual = max(sizes, key=sizes.count)
     for name, (w, h), image in zip(files, sizes, images):
         if cube and ((w, h) != usual or w != h):

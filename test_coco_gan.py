@@ -855,6 +855,7 @@ def test_the_faintest_ring_is_one_that_was_drawn_and_is_not_forgotten(copied, mo
     post = ["train", "--extrapolate", "1", "--from", "run", "--steps", "8", "--run", "post"]
     assert coco_gan.main([*post, *command]) == 0  # 1.2 before, 4.0 after step 6, 1.5 after step 8
     assert torch.load("post/best.pt", weights_only=True)["step"] == 8
+    assert [entry["step"] for entry in coco_gan.logged(Path("post")) if "swd" in entry] == [5, 6, 7, 8]
     assert coco_gan.main(["train", "--resume", "post", "--steps", "10", *command]) == 0  # 3.0
     assert torch.load("post/best.pt", weights_only=True)["step"] == 8
 

@@ -60,7 +60,7 @@ from coco_gan import (
     to_uint8,
     writing,
 )
-from data import ENDINGS, UserError, _read_rgb, _reason, decode_image
+from data import ENDINGS, UserError, decode_image, read_rgb, reason_of
 from experiments.view import save_animation
 
 MOST_PIXELS = 2**26  # of a figure, about: all of it is in memory
@@ -286,7 +286,7 @@ def read_photo(path: Path, at: tuple[int, int], config: Config):
     Raises: ValueError for one that is too small, and whatever Pillow raises for what it cannot read.
     """
     data, height, width = path.read_bytes(), config.N * config.S, config.M * config.S
-    w, h = _read_rgb(data).size  # upright, unlike what Image.open tells
+    w, h = read_rgb(data).size  # upright, unlike what Image.open tells
     if h < height or w < width:
         raise ValueError(f"is {w} x {h}, smaller than a macro patch, {width} x {height}")
     if (h, w) == (height, width):
@@ -317,7 +317,7 @@ def read_photos(where: str, at: tuple[int, int], config: Config) -> list[tuple]:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 photo = read_photo(path, at, config)
         except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, IndexError...
-            why = f"{path}: {getattr(error, 'strerror', None) or _reason(error)}"
+            why = f"{path}: {getattr(error, 'strerror', None) or reason_of(error)}"
             if not folder:
                 raise UserError(f"{why}; give another photograph") from error
             print(f"skipped {why}", file=sys.stderr)

@@ -43,14 +43,6 @@ CONFIG = Config(**{**SMALL, "lambda_gp": 1.0, "alpha_s": 1.0, "lr_g": 1e-3, "lr_
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def some_images(count=8, side=16):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
 

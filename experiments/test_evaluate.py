@@ -35,14 +35,6 @@ NAMES = ["SWD x 1,000, 32 px", "SWD x 1,000, 16 px", "SWD x 1,000, mean", "seam 
 NAMES += [f"{name} {colour}" for name in ("mean", "deviation") for colour in ("red", "green", "blue")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_photos(folder, count, seed):
     folder.mkdir()
     rng = np.random.default_rng(seed)

@@ -28,14 +28,6 @@ h, w = 2 * S, 3 * S  # of a macro patch of the guided ones
 GUIDED = "guided photo.png --checkpoint runs/guided-plane"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with runs on a torus, on a cylinder, and on planes, the newest of 3 x 4 micro patches."""

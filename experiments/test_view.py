@@ -38,14 +38,6 @@ VIEWS = [  # yaw, pitch, fov, height, width, latitude, projection
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with runs on a cylinder, on a torus and on a plane, the newest."""

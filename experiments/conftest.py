@@ -1,0 +1,12 @@
+"""For all tests of experiments/: their networks are so small that a second thread only waits."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
