@@ -1,12 +1,35 @@
-"""For all tests of experiments/: their networks are so small that a second thread only waits."""
+"""For all tests of experiments/: one thread each, and the table of what the project survives."""
+
+import datetime
 
 import pytest
 import torch
 
+ROWS = []  # of the README's table "What it survives"; the long forms, python -m pytest -m stress, make it
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
+    """Their networks are so small that a second thread only waits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def survived(request):
+    """survived("kill -9 of training", 200, "resumed, and …") after the last assertion of a test of faults."""
+
+    def add(fault: str, tried: int, outcome: str) -> None:
+        if request.node.get_closest_marker("stress"):
+            ROWS.append((fault, f"{tried:,}", outcome))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if ROWS:
+        terminalreporter.write_line(f"\n`python -m pytest -m stress`, {datetime.date.today()}\n")
+        for row in (("fault or input", "tried", "what happened"), ("---",) * 3, *ROWS):
+            terminalreporter.write_line(f"| {' | '.join(row)} |")
