@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -55,10 +56,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from data import CROPS, UserError, load_images, release_pages
 
@@ -107,7 +110,9 @@ class Config:
     lr_d: float = _field(4e-4, 0, 1, "learning rate of D and A")
     beta1: float = _field(0.0, 0, 0.9999, "Adam's β1")
     beta2: float = _field(0.999, 0, 0.999999, "Adam's β2")
-    batch_size: int = _field(128, 2, 65536, "macro patches a step")
+    batch_size: int = _field(128, 2, 65536, "macro patches a step, of all processes together")
+    accumulate: int = _field(1, 1, 32768, "parts that a process cuts its batch into, for less memory")
+    sync_stats: bool = _field(False, None, None, "batch statistics of all processes together, not of each")
     steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
     extrapolate: str = _field("0", None, None, "post-train so many micro patches beyond the borders")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
@@ -515,6 +520,148 @@ def content_consistency(z: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them: each has a part of every batch, and the first one writes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def world() -> int:
+    """How many processes were started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, and of how many that work together: 0 and 1 outside of `joined`."""
+    up = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if up else (0, 1)
+
+
+def writes() -> bool:
+    """Whether this is the process that writes files: the first."""
+    return processes()[0] == 0
+
+
+@contextlib.contextmanager
+def joined(device: str):
+    """Work with the other processes that torchrun started, if it did; all but the first print errors only."""
+    if world() == 1:
+        yield
+        return
+    device = choose_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A day, for the others wait while the first one decodes the images; the end of a process is seen at once.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if not writes():
+        speak_to_nobody()
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+            raise
+        ended = "another process has ended, and this one cannot go on alone"
+        raise UserError(f"{ended}; what was saved is whole: --resume goes on with a run") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def highest(number: int) -> int:
+    """The highest of the numbers that the processes give; each waits for all."""
+    if processes()[1] == 1:
+        return number
+    dist.all_reduce(highest := torch.tensor(number), dist.ReduceOp.MAX)
+    return int(highest)
+
+
+def mean_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Put the mean over the processes in the place of the tensor."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()[1]
+    return tensor
+
+
+def gather(make, count: int) -> torch.Tensor:
+    """make(slice(0, count)), (count, …), of which each process makes a part and gets all."""
+    rank, processes_ = processes()
+    share = -(-count // processes_)
+    mine = make(slice(rank * share, (rank + 1) * share))
+    if processes_ == 1:
+        return mine
+    padded = mine.new_zeros(share, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    dist.all_gather(parts := [torch.empty_like(padded) for _ in range(processes_)], padded)
+    return torch.cat(parts)[:count]
+
+
+class Trained(nn.Module):
+    """The parameters of networks, with their losses as forward pass: what DistributedDataParallel wants.
+
+    Without the buffers, which it would copy from one process to the others between forward and backward.
+    """
+
+    def __init__(self, nets: list[nn.Module]):
+        super().__init__()
+        self.trained = nn.ParameterList(p for net in nets for p in net.parameters())
+
+    def forward(self, losses, k: int):
+        return losses(k)
+
+
+class SumOfAll(torch.autograd.Function):
+    """The sum over the processes. Each has losses that depend on it: so its gradient is a sum too."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dist.all_reduce(gradient := gradient.clone())
+        return gradient
+
+
+def synchronise(nets: list[nn.Module]) -> None:
+    """Let all batch normalisations of networks in training take the statistics of all processes."""
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.forward = functools.partial(synchronised_norm, module)
+
+
+def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """What norm does to x, (B, C) or (B, C, h, w), but with mean and variance over all processes.
+
+    PyTorch's own SyncBatchNorm works on GPUs only.
+    """
+    count, over, like = processes()[1], [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    mean = SumOfAll.apply(x.float().mean(over)) / count  # (C,)
+    difference = x.float() - mean.view(like)
+    var = SumOfAll.apply(difference.square().mean(over)) / count
+    y = difference * (var + norm.eps).rsqrt().view(like)
+    with torch.no_grad():
+        n = count * x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    if norm.affine:
+        y = y * norm.weight.view(like) + norm.bias.view(like)
+    return y.to(x.dtype)
+
+
+def share_statistics(state: State) -> None:
+    """Give each process the mean of all running statistics, the only part in which their networks differ.
+
+    Running averages are linear in what they average: it is the same whether this is done now or later.
+    """
+    for net in (state.G_average, *networks(state)):
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                mean_of_all(buffer)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Training (section 2; appendix C, "Hyperparameters")
 # ----------------------------------------------------------------------------------------------------------
 
@@ -537,6 +684,10 @@ class State:
     opt_Q: torch.optim.Adam | None = None
     opt_G_beyond: torch.optim.Adam | None = None  # with --extrapolate (appendix E)
     opt_D_beyond: torch.optim.Adam | None = None
+    average_G: DistributedDataParallel | None = (
+        None  # of several processes, over which gradients are averaged
+    )
+    average_D: DistributedDataParallel | None = None
 
 
 def new_state(config: Config, device: torch.device) -> State:
@@ -558,6 +709,12 @@ def new_state(config: Config, device: torch.device) -> State:
     if any(config.ring):
         state.opt_G_beyond = adam(G.blocks[:2].parameters(), lr=config.lr_g)
         state.opt_D_beyond = adam(D.parameters(), lr=config.lr_d)
+    if processes()[1] > 1:
+        G, *others = networks(state)
+        if config.sync_stats:
+            synchronise(networks(state))
+        state.average_G = DistributedDataParallel(Trained([G]))
+        state.average_D = DistributedDataParallel(Trained(others))
     return state
 
 
@@ -581,6 +738,11 @@ class Batch:
     c_micro: torch.Tensor  # (B·N·M, c_dim)
     z: torch.Tensor  # (B, z_dim)
     epsilon: torch.Tensor  # (B,)
+
+
+def parts_of(batch: Batch, count: int) -> list[Batch]:
+    """Cut a batch into parts of equally many macro patches."""
+    return [Batch(*part) for part in zip(*(t.chunk(count) for t in vars(batch).values()))]
 
 
 def latent(count: int, z_dim: int, rng: torch.Generator) -> torch.Tensor:
@@ -613,6 +775,9 @@ def draw_places(config: Config, rng, ring: tuple[int, int] = (0, 0)) -> list[tor
 def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, int] = (0, 0)) -> Batch:
     """Draw B images, positions and latents, all uniformly (appendix C, "Coordinate Setup").
 
+    Of several processes with the same rng each draws all, and makes and returns a part of its own: together
+    they see the batch that a single process would.
+
     Args: images (n, H, W, 3) uint8 on any device; numbers: of the images that may be drawn, int64; ring: see
     `draw_places`, of s' alone (appendix E).
     """
@@ -630,13 +795,18 @@ def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, in
         down, across = config.closed
         top = top + torch.randint(config.height, (B,), generator=rng) * down
         left = left + torch.randint(config.width, (B,), generator=rng) * across
+    places = (
+        [i, j, *(pixels / config.S for pixels in draw_places(config, rng, ring))] if any(ring) else [i, j]
+    )
+
+    rank, count = processes()
+    mine = (t.chunk(count)[rank] for t in (index, top, left, mirror, z, epsilon, *places))
+    index, top, left, mirror, z, epsilon, *places = mine
     place = [move(t, images.device) for t in (index, top, left)]
     x_macro = move(crop_patches(images, *place, height, width), device)
     x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
-    c_macro = macro_coordinates(config, i, j)
-    if any(ring):
-        i, j = (pixels / config.S for pixels in draw_places(config, rng, ring))
-    c_generated, c_micro = macro_coordinates(config, i, j), micro_matrix(config, i, j)
+    c_macro = macro_coordinates(config, *places[:2])
+    c_generated, c_micro = macro_coordinates(config, *places[-2:]), micro_matrix(config, *places[-2:])
     return Batch(x_macro, *(move(t, device) for t in (c_macro, c_generated, c_micro, z, epsilon)))
 
 
@@ -649,51 +819,94 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     return merge_patches(s_micro, N, M).contiguous(memory_format=torch.channels_last)
 
 
-def discriminator_step(state: State, batch: Batch, s_macro: torch.Tensor, *optimizers) -> tuple:
-    """One step of D and A, and of Q, with the Adams given; returns L_W, L_GP, ‖∇D(ŝ')‖₂ and L_S(x')."""
-    config, B = state.config, len(batch.x_macro)
-    D_sn, A_sn = spectral_norm(state.D, iterate=True), spectral_norm(state.A, iterate=True)
+def generate_parts(state: State, parameters, batch: Batch) -> tuple[list[Batch], list[torch.Tensor]]:
+    """Cut a batch into `accumulate` parts, and generate s' of each.
+
+    G's way back is kept of a single part only. For more there is no room, and they are generated again.
+    """
+    parts = parts_of(batch, state.config.accumulate)
+    with torch.set_grad_enabled(len(parts) == 1):
+        return parts, [generate_macro(state, parameters, part) for part in parts]
+
+
+def discriminator_step(state: State, parts, generated, *optimizers) -> torch.Tensor:
+    """One step of D and A, and of Q, with the Adams given; returns L_W, L_GP, ‖∇D(ŝ')‖₂ and L_S(x').
+
+    Args: parts of a batch; generated: s' of each of them.
+    """
+    config = state.config
+    D_sn, A_sn, *Q_sn = (spectral_norm(net, iterate=True) for net in networks(state)[1:])
 
     def D(x, c_macro):
         with mixed_precision(state):
             return functional_call(state.D, D_sn, (x, c_macro))
 
-    score, h = D(torch.cat([batch.x_macro, s_macro.detach()]), torch.cat([batch.c_macro, batch.c_generated]))
-    L_W = wasserstein(score[:B], score[B:])
-    # ŝ' lies between the coordinates as it does between the images; they differ beyond the borders only.
-    c_hat = batch.c_macro.lerp(batch.c_generated, batch.epsilon.unsqueeze(1))
-    L_GP, norm = gradient_penalty(lambda s_hat: D(s_hat, c_hat)[0], batch.x_macro, s_macro, batch.epsilon)
-    L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h[:B],)))
-    loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S
-    if config.guided:
-        Q_sn = spectral_norm(state.Q, iterate=True)
-        L_Q = content_consistency(batch.z, functional_call(state.Q, Q_sn, (h[B:],)))
-        loss = loss + config.alpha_q * L_Q
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return L_W.detach(), L_GP.detach(), norm.detach(), L_S.detach()
+    def losses(k: int) -> tuple[torch.Tensor, ...]:
+        batch, s_macro = parts[k], generated[k].detach()
+        B = len(s_macro)
+        score, h = D(torch.cat([batch.x_macro, s_macro]), torch.cat([batch.c_macro, batch.c_generated]))
+        L_W = wasserstein(score[:B], score[B:])
+        # ŝ' lies between the coordinates as it does between the images; they differ beyond the borders only.
+        c_hat = batch.c_macro.lerp(batch.c_generated, batch.epsilon.unsqueeze(1))
+        L_GP, norm = gradient_penalty(lambda s_hat: D(s_hat, c_hat)[0], batch.x_macro, s_macro, batch.epsilon)
+        L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h[:B],)))
+        loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S
+        if config.guided:
+            loss = loss + config.alpha_q * content_consistency(
+                batch.z, functional_call(state.Q, *Q_sn, (h[B:],))
+            )
+        return loss, L_W, L_GP, norm, L_S
+
+    return descend(losses, len(parts), optimizers, state.average_D)
 
 
-def generator_step(state: State, batch: Batch, s_macro: torch.Tensor, optimizer) -> tuple:
-    """One step of G through the updated D, which stays as it is; returns -E[D(s')], L_S(s') and any L_Q."""
+def generator_step(state: State, parts, generated, optimizer) -> torch.Tensor:
+    """One step of G through the updated D, which stays as it is; returns -E[D(s')], L_S(s') and any L_Q.
+
+    Args: as of `discriminator_step`; s' that leads back to no parameters of G is generated again.
+    """
     # Detached, or the way back would lead to the parameters of D and its heads as well.
     nets = networks(state)[1:]
     D_sn, A_sn, *Q_sn = ({k: p.detach() for k, p in spectral_norm(net, False).items()} for net in nets)
-    with mixed_precision(state):
-        score, h = functional_call(state.D, D_sn, (s_macro, batch.c_generated))
-    L_G = -score.mean()  # the part of L_W that G can change
-    L_S = spatial_consistency(batch.c_generated, functional_call(state.A, A_sn, (h,)))
-    losses, loss = [L_G, L_S], L_G + state.config.alpha_s * L_S
-    if state.config.guided:
+    G_sn = spectral_norm(state.G, iterate=False) if len(parts) > 1 else {}
+
+    def losses(k: int) -> tuple[torch.Tensor, ...]:
+        batch, s_macro = parts[k], generated[k]
+        if not s_macro.requires_grad:
+            statistics = {name: b.clone() for name, b in state.G.named_buffers()}  # once a step is enough
+            s_macro = generate_macro(state, {**G_sn, **statistics}, batch)
+        with mixed_precision(state):
+            score, h = functional_call(state.D, D_sn, (s_macro, batch.c_generated))
+        L_G = -score.mean()  # the part of L_W that G can change
+        L_S = spatial_consistency(batch.c_generated, functional_call(state.A, A_sn, (h,)))
+        loss = L_G + state.config.alpha_s * L_S
+        if not state.config.guided:
+            return loss, L_G, L_S
         L_Q = content_consistency(batch.z, functional_call(state.Q, *Q_sn, (h,)))
-        losses, loss = [*losses, L_Q], loss + state.config.alpha_q * L_Q
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return tuple(L.detach() for L in losses)
+        return loss + state.config.alpha_q * L_Q, L_G, L_S, L_Q
+
+    return descend(losses, len(parts), [optimizer], state.average_G)
+
+
+def descend(losses, count: int, optimizers, average: DistributedDataParallel | None) -> torch.Tensor:
+    """Let the optimizers step down a loss; returns the losses it is made of, each its mean over the parts.
+
+    Args: losses(k): of part k of `count`, first that which is minimised; average: over the processes, if any.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    seen = []
+    for k in range(count):
+        last = k == count - 1
+        # Gradients add up part by part; processes exchange theirs during the way back from the last one.
+        with contextlib.nullcontext() if average is None or last else average.no_sync():
+            loss, *others = losses(k) if average is None else average(losses, k)
+            (loss / count).backward(retain_graph=not last)  # W/σ is shared by all the parts
+        seen.append(torch.stack(others).detach())
+        del loss, others  # and with them the memory of this part
+    for optimizer in optimizers:
+        optimizer.step()
+    return torch.stack(seen).mean(dim=0)
 
 
 LOSSES = ("L_W", "L_GP", "gradient_norm", "L_S_real", "L_G", "L_S_generated", "L_Q")
@@ -702,13 +915,13 @@ LOSSES = ("L_W", "L_GP", "gradient_norm", "L_S_real", "L_G", "L_S_generated", "L
 def train_step(state: State, batch: Batch) -> torch.Tensor:
     """One step of D and one of G, which share the generated macro patches; returns the LOSSES, 6 or 7."""
     G_sn = spectral_norm(state.G, iterate=True)
-    s_macro = generate_macro(state, G_sn, batch)
+    parts, generated = generate_parts(state, G_sn, batch)
     optimizers = [state.opt_D, state.opt_Q] if state.config.guided else [state.opt_D]
-    losses = discriminator_step(state, batch, s_macro, *optimizers)
+    losses = discriminator_step(state, parts, generated, *optimizers)
     update_average(state, G_sn)  # before Adam changes those of them that are not normalised
-    losses += generator_step(state, batch, s_macro, state.opt_G)
+    losses = torch.cat([losses, generator_step(state, parts, generated, state.opt_G)])
     state.step += 1
-    return torch.stack(losses)
+    return losses
 
 
 def step_beyond(state: State, batch: Batch) -> None:
@@ -718,9 +931,9 @@ def step_beyond(state: State, batch: Batch) -> None:
     No real image goes on beyond its borders: D compares with real macro patches from within. G's running
     statistics, of all blocks, are those of both kinds of steps.
     """
-    s_macro = generate_macro(state, spectral_norm(state.G, iterate=True), batch)
-    discriminator_step(state, batch, s_macro, state.opt_D_beyond)
-    generator_step(state, batch, s_macro, state.opt_G_beyond)
+    parts, generated = generate_parts(state, spectral_norm(state.G, iterate=True), batch)
+    discriminator_step(state, parts, generated, state.opt_D_beyond)
+    generator_step(state, parts, generated, state.opt_G_beyond)
 
 
 @torch.no_grad()
@@ -793,9 +1006,10 @@ def stateful(state: State) -> dict:
 def save_checkpoint(state: State, run: Path, fingerprint: str, keep: int) -> Path:
     """Save as the run's newest checkpoint, and delete all but the newest `keep` of them."""
     path = run / f"checkpoint-{state.step:09d}.pt"
-    write_checkpoint(state, path, fingerprint)
-    for old in checkpoints(run)[:-keep]:
-        old.unlink()
+    if writes():
+        write_checkpoint(state, path, fingerprint)
+        for old in checkpoints(run)[:-keep]:
+            old.unlink()
     return path
 
 
@@ -985,6 +1199,8 @@ def check_finite(losses: torch.Tensor, state: State, run: Path) -> torch.Tensor:
 
 def log(state: State, means: torch.Tensor, seen: dict, seconds: float, steps: int, run: Path, board) -> None:
     """One line for the reader, the same as JSON in log.jsonl, and to TensorBoard."""
+    if not writes():
+        return
     rate = steps / seconds
     left = (state.config.steps - state.step) / rate
     entry = dict(step=state.step, images=state.step * state.config.batch_size, seconds=round(seconds, 3))
@@ -1028,7 +1244,7 @@ def peak_memory(device: torch.device) -> int:
 
 def tensorboard(run: Path, step: int):
     """A context with a TensorBoard writer where TensorBoard is installed, else with None."""
-    if importlib.util.find_spec("tensorboard") is None:
+    if importlib.util.find_spec("tensorboard") is None or not writes():
         return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
@@ -1098,8 +1314,12 @@ def micro_patches(G: Generator, z: torch.Tensor, i, j, batch_size: int | None = 
     config, device = G.config, next(G.parameters()).device
     c_micro = micro_coordinates(config, i.cpu(), j.cpu())  # the same on every device
     at_once = batch_size or max(1, 2**18 // config.S**2)
-    parts = zip(z.split(at_once), c_micro.split(at_once))
-    return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
+
+    def make(mine: slice) -> torch.Tensor:
+        parts = zip(z[mine].split(at_once), c_micro[mine].split(at_once))
+        return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
+
+    return gather(make, len(z))
 
 
 def image_row(G: Generator, z: torch.Tensor, i: int, batch_size=None, across: int = 0) -> torch.Tensor:
@@ -1293,7 +1513,9 @@ LONGEST_SIDES = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_53
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
-    """Write a picture (h, w, 3) uint8, whole or not at all."""
+    """Write a picture (h, w, 3) uint8, whole or not at all; of several processes the first one does."""
+    if not writes():
+        return
     temporary, side = path.with_name(f".{path.name}"), max(picture.shape)
     if side > LONGEST_SIDES.get(path.suffix.lower(), side):
         raise OSError(f"it would be {side} pixels long, which only .png is made for")
@@ -1307,8 +1529,13 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
 def save_png(parts, path: Path) -> None:
     """Write a picture that comes from top to bottom in parts (h, w, 3) uint8, whole or not at all.
 
-    Pillow would hold all of it in memory. Source: the PNG specification, sections 5, 9 and 11.
+    Pillow would hold all of it in memory. Of several processes, which make the parts together, the first one
+    writes. Source: the PNG specification, sections 5, 9 and 11.
     """
+    if not writes():
+        for _ in parts:
+            pass
+        return
     temporary, height, above, packer = path.with_name(f".{path.name}"), 0, None, zlib.compressobj()
 
     def chunk(kind: bytes, data: bytes) -> None:
@@ -1362,34 +1589,68 @@ def train(args: argparse.Namespace) -> int:
     check_panorama(args, config, "this run")
     if args.eval_every is not None and (why := evaluation_needs(config)):
         raise UserError(f"--eval-every {args.eval_every} needs {why}; leave it out")
+    check_shares(config)
     if args.dry_run:
         return dry_run(config)
 
     how = dict(crop=config.crop, cache=args.cache, workers=args.workers or 0, panorama=config.closed[1])
+    if not writes():  # the first process decodes the images, and the others wait for that
+        highest(0)
     stored = load_images(config.data, config.height, config.width, seed=config.seed, **how)
+    if writes():
+        highest(0)
     if config.holdout >= len(stored):
         raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
     fingerprint = fingerprint_of(stored)
     if contents is not None and contents["images"] != fingerprint:
         raise UserError(f"--data {config.data} has other images than {path} was trained on")
     if args.resume is None:
-        run = new_run(args.run, preset if args.source is None else "extrapolate")
+        runs = [new_run(args.run, preset if args.source is None else "extrapolate") if writes() else None]
+        if world() > 1:
+            dist.broadcast_object_list(runs)
+        (run,) = runs
     else:
         run = path.parent
-    advice = f"--batch-size {config.batch_size} does not fit in the memory of {device}; "
-    advice += f"try --batch-size {max(config.batch_size // 2, 2)}" + (" in a new run" if contents else "")
-    with lock_run(run), writing("--run", run), memory(advice):
+    lock = lock_run(run) if writes() else contextlib.nullcontext()
+    with lock, writing("--run", run), memory(memory_advice(config, device, contents is not None)):
         if args.resume is not None and checkpoints(run)[-1] != path:
             raise UserError(f"--run {run} was trained further just now; start this command again")
         state = new_state(config, device)
         # A copy of a checkpoint may have come without it.
-        if args.resume is None or not (run / "config.json").exists():
+        if writes() and (args.resume is None or not (run / "config.json").exists()):
             (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         if contents is not None:
             restore(state, contents, path, anew=() if args.source is None else BEYOND)
-            forget_log_after(run, state.step)
+            if writes():
+                forget_log_after(run, state.step)
         del contents
         return train_loop(state, stored, fingerprint, run, args)
+
+
+def parts_allowed(config: Config) -> list[int]:
+    """What --accumulate may be: a part has at least two macro patches, or it had no batch statistics."""
+    share, rest = divmod(config.batch_size, world())
+    return [k for k in range(1, share // 2 + 1) if share % k == 0 and not rest]
+
+
+def check_shares(config: Config) -> None:
+    allowed, found = parts_allowed(config), f"--batch-size {config.batch_size}"
+    if not allowed:
+        why = f"cannot be shared by {world()} processes, at least two macro patches to each"
+        raise UserError(f"{found} {why}; try {max(config.batch_size // world(), 2) * world()}")
+    if config.accumulate not in allowed:
+        found += f" of {world()} processes" if world() > 1 else ""
+        may = ", ".join(map(str, allowed))
+        raise UserError(f"--accumulate {config.accumulate} does not divide {found} evenly; give {may}")
+
+
+def memory_advice(config: Config, device: torch.device, resuming: bool) -> str:
+    """What to do when the memory is full."""
+    more = [k for k in parts_allowed(config) if k > config.accumulate]
+    half = f"--batch-size {max(config.batch_size // 2, 2)}" + (" in a new run" if resuming else "")
+    what = f"--accumulate {config.accumulate} parts of " if config.accumulate > 1 else ""
+    what += f"--batch-size {config.batch_size}"
+    return f"{what} does not fit in the memory of {device}; try {f'--accumulate {more[0]}' if more else half}"
 
 
 def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, Config]:
@@ -1408,7 +1669,7 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
         hint = f"give {path.parent}, or to branch off copy it to a new folder as "
         hint += f"checkpoint-{contents['step']:09d}.pt"
         raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
-    again = ("steps", "data") if resuming else ("steps", "data", "extrapolate")
+    again = ["steps", "data", "accumulate", "sync_stats", *([] if resuming else ["extrapolate"])]
     if args.preset is not None or (args.run is not None and resuming):
         what = "preset" if args.preset is not None else "run"
         raise UserError(f"--{what} cannot be given with {option}, which keeps the run's; leave it out")
@@ -1469,7 +1730,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         save_picture(grid(images), run / f"sample-{state.step:09d}.png")
         return seen
 
-    if not checkpoints(run):
+    if writes() and not checkpoints(run):
         batch = draw_batch(config, images, numbers, torch.Generator().manual_seed(config.seed), device)
         save_picture(grid(to_uint8(batch.x_macro[:64])), run / "real-macro.png")
         save_picture(grid(stored[numbers[:24].numpy()]), run / "real.png")
@@ -1478,14 +1739,15 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    losses, started, first = [], time.monotonic(), state.step  # losses: of each step since the last line
+    losses, started, began = [], time.monotonic(), state.step  # losses: of each step since the last line
     with stop_signals() as signals, tensorboard(run, state.step) as board:
         while not last:
             losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
             if any(config.ring):
                 step_beyond(state, draw_batch(config, images, numbers, state.rng, device, config.ring))
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
-            last = state.step == config.steps or bool(signals)
+            stopped = highest(max(signals, default=0))  # one for all
+            last = state.step == config.steps or stopped > 0
             drawing, logging, saving = (
                 last or state.step % every == 0 for every in (sample_every, args.log_every, args.save_every)
             )
@@ -1493,7 +1755,8 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             if not (drawing or logging or saving or measuring):
                 continue
             # Only from here on a GPU is waited for.
-            means, new = check_finite(torch.stack(losses).cpu().double(), state, run), {}
+            means, new = check_finite(mean_of_all(torch.stack(losses)).cpu().double(), state, run), {}
+            share_statistics(state)
             if drawing:
                 new = seen = show()
                 # Post-training has done its work when the borders of the ring show no more than those inside.
@@ -1503,15 +1766,16 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
                 path = save_checkpoint(state, run, fingerprint, args.keep)
             if measuring:
                 new = {**new, **measure()}
-            if new.get(figure, math.inf) < best:
+            if new.get(figure, math.inf) < best and writes():
                 best = new[figure]
                 write_checkpoint(state, run / "best.pt", fingerprint)
             if last or logging or new:
-                log(state, means, {**seen, **new}, time.monotonic() - started, state.step - first, run, board)
+                seconds, steps = time.monotonic() - started, state.step - began
+                log(state, means, {**seen, **new}, seconds, steps, run, board)
                 losses.clear()
-    if signals and state.step < config.steps:
+    if stopped and state.step < config.steps:
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
-        return 128 + signals[0]
+        return 128 + stopped
     if seamless:
         print(f"step {state.step:,}: the borders of the ring show no more than those inside")
     more = run / "best.pt" if any(config.ring) and (run / "best.pt").exists() else run
@@ -1566,6 +1830,10 @@ def evaluation(G: Generator, stored: np.ndarray, count: int):
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if world() > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif world() > 1 and name != "cpu":
+        raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
     kind, colon, number = name.partition(":")
     have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind not in have or (colon and not (kind == "cuda" and number.isdecimal())):
@@ -1627,7 +1895,11 @@ def dry_run(config: Config) -> int:
     # Weights, gradients, Adam's two averages and G's average; and what the layers give, G's once, D's for x',
     # s', ŝ' and, twice more, for the gradient at ŝ': within a fifth of what a step was measured to hold.
     fixed = 4 * (4 * sum(parameters.values()) + parameters["G"])
-    passes = config.batch_size * (config.N * config.M * values["G"] + 5 * values["D"])
+    passes = (
+        config.batch_size
+        / (world() * config.accumulate)
+        * (config.N * config.M * values["G"] + 5 * values["D"])
+    )
     megabytes = (fixed + 4 * passes) / 2**20
     print(f"  memory: about {megabytes:,.0f} MB in float32, and the images and PyTorch itself")
     return 0
@@ -1886,7 +2158,8 @@ def main(argv: list[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise UserError(f"{unknown[0]} is unknown{nearest(unknown[0], parser.flags[args.command])}")
-        status = train(args) if args.command == "train" else sample(args)
+        with joined(args.device):
+            status = train(args) if args.command == "train" else sample(args)
         sys.stdout.flush()
         return status
     except UserError as error:

@@ -504,14 +504,14 @@ def test_each_step_changes_its_own_networks(guided):
     s_macro = coco_gan.generate_macro(state, coco_gan.spectral_norm(state.G, iterate=True), batch)
     D_and_A = {f"D.{name}" for name, _ in state.D.named_parameters()}
     D_and_A |= {f"A.{name}" for name, _ in state.A.named_parameters()}
-    moved = changed(state, lambda: coco_gan.discriminator_step(state, batch, s_macro, state.opt_D))
+    moved = changed(state, lambda: coco_gan.discriminator_step(state, [batch], [s_macro], state.opt_D))
     # The first cancels in L_W, the second in a norm of the batch, but for rounding.
     assert moved <= D_and_A and {"D.linear.bias"} <= D_and_A - moved <= {"D.linear.bias", "A.linear1.bias"}
-    moved = changed(state, lambda: coco_gan.generator_step(state, batch, s_macro, state.opt_G))
+    moved = changed(state, lambda: coco_gan.generator_step(state, [batch], [s_macro], state.opt_G))
     assert {name[0] for name in moved} == {"G"} and len(moved) > 0.8 * len([*state.G.parameters()])
     if guided:
         s_macro = s_macro.detach()
-        moved = changed(state, lambda: coco_gan.discriminator_step(state, batch, s_macro, state.opt_Q))
+        moved = changed(state, lambda: coco_gan.discriminator_step(state, [batch], [s_macro], state.opt_Q))
         assert {name[0] for name in moved} == {"Q"} and {"Q.linear1.weight", "Q.linear2.weight"} <= moved
     moved = changed(state, lambda: coco_gan.train_step(state, batch))
     assert {name[0] for name in moved} == set("GDAQ" if guided else "GDA")
@@ -535,7 +535,7 @@ def test_gradients_are_those_of_the_objectives(guided, ring):
     state.opt_G.step = state.opt_D.step = lambda: None  # so that both steps see the same weights
     s_macro = coco_gan.generate_macro(state, coco_gan.spectral_norm(state.G, iterate=False), batch)
     torch.testing.assert_close(s_macro, G_alone(state, batch))
-    coco_gan.discriminator_step(state, batch, s_macro, state.opt_D)
+    coco_gan.discriminator_step(state, [batch], [s_macro], state.opt_D)
 
     heads = [state.A, state.Q] if guided else [state.A]
     D_sn, A_sn, *Q_sn = (coco_gan.spectral_norm(net, iterate=False) for net in (state.D, *heads))
@@ -564,7 +564,7 @@ def test_gradients_are_those_of_the_objectives(guided, ring):
     L_S = (((c_s - functional_call(state.A, A_sn, (h,))) ** 2).sum(1) * inside).mean()
     parameters, loss = list(state.G.parameters()), -score.mean() + 7 * L_S + 30 * content(h)
     expected = torch.autograd.grad(loss, parameters, retain_graph=True)
-    coco_gan.generator_step(state, batch, s_macro, state.opt_G)
+    coco_gan.generator_step(state, [batch], [s_macro], state.opt_G)
     for p, gradient in zip(parameters, expected):
         torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
     assert all(p.grad is None for p in state.D.parameters())  # no work for gradients that nobody wants
