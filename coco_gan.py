@@ -573,6 +573,16 @@ def highest(number: int) -> int:
     return int(highest)
 
 
+def load_once(*args, **kwargs) -> np.ndarray:
+    """`load_images`, which decodes, by the first process, and then by the others, which find that done."""
+    if not writes():
+        highest(0)
+    images = load_images(*args, **kwargs)
+    if writes():
+        highest(0)
+    return images
+
+
 def mean_of_all(tensor: torch.Tensor) -> torch.Tensor:
     """Put the mean over the processes in the place of the tensor."""
     if processes()[1] > 1:
@@ -1594,11 +1604,7 @@ def train(args: argparse.Namespace) -> int:
         return dry_run(config)
 
     how = dict(crop=config.crop, cache=args.cache, workers=args.workers or 0, panorama=config.closed[1])
-    if not writes():  # the first process decodes the images, and the others wait for that
-        highest(0)
-    stored = load_images(config.data, config.height, config.width, seed=config.seed, **how)
-    if writes():
-        highest(0)
+    stored = load_once(config.data, config.height, config.width, seed=config.seed, **how)
     if config.holdout >= len(stored):
         raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; try fewer")
     fingerprint = fingerprint_of(stored)

@@ -17,11 +17,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -1074,7 +1076,9 @@ def test_out_of_memory_names_the_batch_size_to_try(error, copied, monkeypatch, c
 
     monkeypatch.setattr(coco_gan, "train_step", full)
     assert coco_gan.main(["train", "--resume", "run", "--steps", "9"]) == 2
-    text = "--batch-size 4 does not fit in the memory of cpu; try --batch-size 2 in a new run"
+    assert "--batch-size 4 does not fit in the memory of cpu; try --accumulate 2\n" in capsys.readouterr().err
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "9", "--accumulate", "2"]) == 2
+    text = "--accumulate 2 parts of --batch-size 4 does not fit in the memory of cpu; try --batch-size 2 in a"
     assert text in capsys.readouterr().err
     monkeypatch.setattr(coco_gan, "micro_patches", full)
     assert coco_gan.main(["sample", "--checkpoint", "run", "--batch-size", "8"]) == 2
@@ -1174,6 +1178,248 @@ def test_split_spreads_the_held_out_images():
     kept, held_out = coco_gan.split(10, 4)
     assert held_out.tolist() == [0, 3, 6, 9] and kept.tolist() == [1, 2, 4, 5, 7, 8]
     assert len(coco_gan.split(10, 0)[0]) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Batches in parts, and several processes
+# ----------------------------------------------------------------------------------------------------------
+
+# Both sides of a comparison run this. In float64, where rounding flips no ReLU, and without learning rates, for
+# Adam would make whole steps of gradients that are nothing but rounding.
+ONE_STEP = """
+import dataclasses, sys, torch, coco_gan
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+
+def one_step(config, neutral=False, ring=False):
+    config = dataclasses.replace(config, lr_g=0.0, lr_d=0.0, precision="fp32")
+    state = coco_gan.new_state(config, torch.device("cpu"))
+    for net in coco_gan.networks(state):
+        net.train(not neutral)
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (9, 16, 24, 3), dtype=torch.uint8, generator=rng)
+    draw = config, images, torch.arange(9), state.rng, state.device
+    losses = coco_gan.mean_of_all(coco_gan.train_step(state, coco_gan.draw_batch(*draw)))
+    if any(config.ring):
+        coco_gan.step_beyond(state, coco_gan.draw_batch(*draw, config.ring))
+    coco_gan.share_statistics(state)
+    nets = dict(G=state.G, D=state.D, A=state.A, average=state.G_average)
+    nets |= {} if state.Q is None else {"Q": state.Q}
+    found = {f"{n}.{k}": p.grad for n, net in nets.items() for k, p in net.named_parameters()}
+    found |= {f"{n}.{k}": b.clone() for n, net in nets.items() for k, b in net.named_buffers()}
+    return {k: t for k, t in found.items() if t is not None} | {"losses": losses}
+"""
+TWELVE = dataclasses.replace(UNEVEN, batch_size=12, guided=True, mirror=True, yaw=True, topology="torus")
+COMPARED = {
+    "whole": TWELVE,
+    "beyond": dataclasses.replace(TWELVE, topology="plane", yaw=False, extrapolate="1,0", M=2),
+    "parts": dataclasses.replace(TWELVE, accumulate=3),
+}
+
+
+@contextlib.contextmanager
+def in_float64():
+    names, saved = {}, torch.Tensor.float
+    exec(ONE_STEP, names)
+    try:
+        yield names["one_step"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float = saved
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().clamp(min=1).item()
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10 * scale, msg=name)
+
+
+def start_processes(count, *command, **options):
+    """The processes that torchrun would start, without torchrun's own."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    group |= {"PYTHONPATH": str(ROOT), **os.environ} | group
+    ranks = ({**group, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen([sys.executable, *command], env=env, **pipes, **options) for env in ranks]
+
+
+@pytest.mark.parametrize("name", ["whole", "beyond"])
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_parts_of_a_batch_give_its_gradients(name, parts):
+    with in_float64() as one_step:  # batch statistics apart: they are those of each part
+        whole = one_step(COMPARED[name], neutral=True)
+        found = one_step(dataclasses.replace(COMPARED[name], accumulate=parts), neutral=True)
+    assert_close(found, whole)
+    assert whole["G.blocks.0.conv1.weight"].abs().max() > 1e-3
+
+
+def test_parts_keep_their_memory_apart_and_update_running_statistics_once():
+    config = dataclasses.replace(UNEVEN, batch_size=12, accumulate=3)
+    state, batch = new_state_and_batch(config)
+    alive, most = weakref.WeakSet(), []
+    generate = coco_gan.generate_macro
+
+    def counted(*args):
+        s_macro = generate(*args)
+        if s_macro.requires_grad:
+            alive.add(s_macro)
+            most.append(len(alive))
+        assert len(s_macro) == 4
+        return s_macro
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_gan, "generate_macro", counted)
+        coco_gan.train_step(state, batch)
+    assert most == [1, 1, 1]
+    assert state.G.norm.num_batches_tracked == 3 and state.G_average.norm.num_batches_tracked == 3
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """What two processes find, each as {name of COMPARED: tensors}, and images that they draw together."""
+    folder = tmp_path_factory.mktemp("processes")
+    code = f"""{ONE_STEP}
+from test_coco_gan import COMPARED
+with coco_gan.joined("cpu"):
+    replace = dataclasses.replace
+    found = {{name: one_step(replace(c, sync_stats=True)) for name, c in COMPARED.items()}}
+    found["apart"] = one_step(replace(COMPARED["whole"], sync_stats=False))
+    G = coco_gan.new_state(COMPARED["whole"], torch.device("cpu")).G_average
+    found["image"] = coco_gan.full_image(G, coco_gan.latents([5], 8).double())  # 24 patches: 12 and 12
+    found["patches"] = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5) % 4, torch.zeros(5))
+    torch.save(found, f"{{coco_gan.processes()[0]}}.pt")
+"""
+    (folder / "run.py").write_text(code)
+    both = start_processes(2, "run.py", cwd=folder)
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["whole", "beyond"])
+def test_two_processes_give_the_gradients_of_one(name, of_two_processes):
+    with in_float64() as one_step:
+        alone = one_step(COMPARED[name])
+    for found in of_two_processes:
+        assert_close(found[name], alone)
+
+
+def test_processes_and_parts_are_the_same_to_the_gradients(of_two_processes):
+    with in_float64() as one_step:
+        in_two = one_step(dataclasses.replace(COMPARED["whole"], accumulate=2))
+        whole = one_step(COMPARED["whole"])
+    assert_close({**of_two_processes[0]["apart"], **buffers(in_two)}, in_two)  # each by its own statistics
+    for name, tensor in of_two_processes[0]["apart"].items():
+        assert torch.equal(tensor, of_two_processes[1]["apart"][name]), name
+    assert not torch.allclose(of_two_processes[0]["apart"]["G.conv.weight"], whole["G.conv.weight"])
+    assert of_two_processes[0]["parts"]["G.norm.num_batches_tracked"] == 3
+
+
+def buffers(found):
+    """What parts and processes count otherwise: parts update running statistics one after another."""
+    return {k: t for k, t in found.items() if "running" in k or "tracked" in k}
+
+
+def test_processes_draw_images_together(of_two_processes):
+    with in_float64():
+        G = coco_gan.new_state(COMPARED["whole"], CPU).G_average
+        image = coco_gan.full_image(G, coco_gan.latents([5], 8).double())
+        patches = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5) % 4, torch.zeros(5))
+    for found in of_two_processes:
+        torch.testing.assert_close(found["image"], image)
+        torch.testing.assert_close(found["patches"], patches)  # 5 patches: 3 and 2
+
+
+def torchrun(*command):
+    """The real one, which is a process of its own and stops the others when one ends."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--", *command]
+
+
+def test_runs_of_one_and_two_processes_go_on_as_each_other(copied, capfd):
+    resume = [str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--device", "cpu", "--save-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(*resume, "--steps", "6", "--sync-stats", "--eval-every", "5", "--eval-count", "9")
+    assert subprocess.run(command, env=environment).returncode == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sum(line.startswith("step 6  ") for line in lines) == 1  # one process speaks
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log][-2:] == [5, 6] and "swd" in log[-2]
+    six = torch.load("run/checkpoint-000000006.pt", weights_only=True)
+    assert six["config"]["sync_stats"] and six["step"] == 6
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "7", "--no-sync-stats"]) == 0
+
+
+DRAW = [str(ROOT / "coco_gan.py"), "sample", "--count", "3", "--out"]
+EVALUATE = ["-m", "experiments.evaluate", "--count", "20", "--json"]
+
+
+@pytest.mark.parametrize("command, name", [(DRAW, "faces.png"), (EVALUATE, "figures.json")])
+def test_two_processes_sample_and_evaluate_as_one(command, name, copied):
+    found = []
+    for count in (2, 1):
+        started = start_processes(count, *command, name, "--checkpoint", "run", "--device", "cpu")
+        outputs = [process.communicate(timeout=300) for process in started]
+        assert not any(process.returncode for process in started), outputs
+        assert outputs[0][0] and outputs[0][1] == "" and outputs[1:] == [("", "")] * (count - 1)
+        found.append(
+            picture(name).astype(int) if name.endswith("png") else json.loads(Path(name).read_text())
+        )
+        Path(name).unlink()
+    two, one = found
+    if name.endswith("png"):
+        assert np.abs(one - two).max() <= 1 and np.ptp(one) > 20
+    else:
+        assert two["floor"] == one["floor"] and two["real"] == one["real"]
+        assert two["generated"] == pytest.approx(one["generated"], rel=1e-2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process, it does not signal it")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_signal_to_one_process_ends_the_other(number, copied):
+    resume = ["train", "--resume", "run", "--steps", "1000000", "--device", "cpu", "--log-every", "1"]
+    started = start_processes(2, str(ROOT / "coco_gan.py"), *resume, "--save-every", "3")
+    for line in started[0].stdout:
+        if line.startswith("step 7 "):
+            break
+    started[1].send_signal(number)
+    outputs = [process.communicate(timeout=60) for process in started]
+    saved = coco_gan.checkpoints(copied)[-1]
+    contents, _ = coco_gan.read_checkpoint(saved)
+    assert contents["step"] >= 6 and not (copied / "checkpoint.tmp").exists()
+    if number == signal.SIGTERM:
+        assert [process.returncode for process in started] == [143, 143]
+        assert f"stopped and saved {Path('run') / saved.name}" in outputs[0][0]
+        assert outputs[0][1] == outputs[1][1] == outputs[1][0] == ""
+    else:
+        assert started[0].returncode == 2
+        assert outputs[0][1].startswith("error: another process has ended, and this one cannot go on alone; ")
+        assert outputs[0][1].count("\n") == 1
+
+
+def test_shares_of_a_batch_are_checked(here, monkeypatch, capsys):
+    command = ["train", "--dry-run", "--preset", "tiny", "--device", "cpu"]
+    assert coco_gan.main([*command, "--accumulate", "3"]) == 2
+    assert "--accumulate 3 does not divide --batch-size 16 evenly; give 1, 2, 4, 8" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(coco_gan, "joined", contextlib.nullcontext)
+    assert coco_gan.main(command) == 2
+    text = "--batch-size 16 cannot be shared by 3 processes, at least two macro patches to each; try 15"
+    assert text in capsys.readouterr().err
+    assert coco_gan.main([*command, "--batch-size", "18", "--accumulate", "4"]) == 2
+    text = "--accumulate 4 does not divide --batch-size 18 of 3 processes evenly; give 1, 2, 3"
+    assert text in capsys.readouterr().err
+    assert coco_gan.main([*command, "--batch-size", "18", "--accumulate", "3"]) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert coco_gan.main([*command[:-1], "cuda:1"]) == 2
+    text = "--device cuda:1 is one device for 3 processes; leave it out, or give cpu"
+    assert text in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert coco_gan.choose_device("cuda") == torch.device("cuda:1")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -33,14 +33,17 @@ from coco_gan import (
     find_checkpoint,
     fingerprint_of,
     full_image,
+    joined,
     latents,
     load,
+    load_once,
     read_checkpoint,
     split,
     to_uint8,
+    writes,
     writing,
 )
-from data import UserError, load_images, release_pages
+from data import UserError, release_pages
 from experiments import metrics
 from experiments.metrics import MOST_FEATURES, MOST_IMAGES, column_seams, seam_ratio, sliced_wasserstein
 
@@ -211,7 +214,7 @@ def evaluate(args: argparse.Namespace) -> None:
         here = f"{args.features} of {config.height} x {config.width} px; make another by --save-statistics"
         raise UserError(f"--statistics {args.statistics} was {made} {here}")
     how = dict(crop=config.crop, seed=config.seed, cache=args.cache)
-    images = load_images(data, config.height, config.width, **how)
+    images = load_once(data, config.height, config.width, **how)
 
     # Which images were held out is known for the set that was trained on, and for no other.
     if fingerprint_of(images) != read_checkpoint(path)[0]["images"]:
@@ -256,6 +259,9 @@ def evaluate(args: argparse.Namespace) -> None:
         if few < least:
             print(f"warning: {few:,} images are too few for a covariance of {d:,} features (under {least:,})")
     sys.stdout.flush()  # what follows may take minutes
+    if not writes():  # of several processes, the others help to generate, and the first one measures
+        generate(G, count, args.seed, args.cache)
+        return
 
     started = time.monotonic()
     real_x = features(real) if network else None
@@ -313,7 +319,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of the latents and the measurements (default: 0)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
     try:
-        evaluate(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        with joined(args.device):
+            evaluate(args)
     except ValueError as error:  # UserError is one; the others are metrics.py's, of images it cannot compare
         print(f"error: {error}", file=sys.stderr)
         return 2
