@@ -18,7 +18,7 @@ Symbols (appendix B) and how they are spelled here. Order is always (y, x), (hei
     s'     s_macro      φ(S''), a generated macro patch: N x M micro patches side by side
     x'     x_macro      ψ(x, c'), a real macro patch: a crop of the real image x
     ŝ'     s_hat        a point on the line from x' to s'
-    φ, ψ   merge_patches, crop_patches
+    φ, ψ   merge_patches, crop_patches, both in kernels.py with CBN
     R, K   config.R, K  rows and columns of micro patches in a full image
     A, Q   D's heads that estimate the coordinate and, with --guided, the latent vector
     λ, α   lambda_gp, alpha_s; alpha_q is the weight of L_Q
@@ -63,7 +63,9 @@ from PIL import Image
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 from data import CROPS, UserError, load_images, release_pages
+from kernels import conditional_batch_norm, crop_patches, merge_patches
 
 try:
     import fcntl
@@ -83,7 +85,7 @@ def _field(default, low, high, text):
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
 
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 TOPOLOGIES = {
     "plane": (False, False),
     "cylinder": (False, True),
@@ -116,7 +118,7 @@ class Config:
     steps: int = _field(200_000, 1, 10**9, "steps to train, of D and G together")
     extrapolate: str = _field("0", None, None, "post-train so many micro patches beyond the borders")
     average: float = _field(0.999, 0, 0.999999, "decay of the running average of G's weights; 0 turns it off")
-    precision: str = _field("auto", None, None, "auto, fp32 or bf16: of what G's and D's layers compute")
+    precision: str = _field("auto", None, None, "auto, fp32, tf32 (of GPUs) or bf16: of G's and D's layers")
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, toy:faces or toy:landscapes")
     crop: str = _field("center", None, None, "how a photograph gets its size: " + ", ".join(CROPS))
@@ -275,31 +277,6 @@ def micro_matrix(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tens
     return micro_coordinates(config, rows, columns).flatten(0, 1)
 
 
-def merge_patches(patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """φ: put micro patches side by side, without overlap.
-
-    (B·rows·columns, C, S, S) -> (B, C, rows·S, columns·S). Source: section 2, "a concatenation function".
-    """
-    _, C, S, _ = patches.shape
-    patches = patches.reshape(-1, rows, columns, C, S, S)
-    patches = patches.permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, S, columns, S)
-    return patches.reshape(-1, C, rows * S, columns * S)
-
-
-def crop_patches(images, index, top, left, height: int, width: int) -> torch.Tensor:
-    """ψ: cut a macro patch out of each of B stored images, round the border where it reaches beyond.
-
-    Args: images (n, H, W, 3) uint8; index, top, left (B,) int64, on the device of the images, in pixels.
-    Returns: (B, 3, height, width) float32 in [-1, 1], channels last in memory. Only these pixels are read.
-    Source: section 2, "a cropping transformation ψ".
-    """
-    rows = top.view(-1, 1, 1) + torch.arange(height, device=top.device).view(-1, 1)
-    columns = left.view(-1, 1, 1) + torch.arange(width, device=top.device)
-    _, H, W, _ = images.shape
-    crop = images[index.view(-1, 1, 1), rows % H, columns % W]  # (B, height, width, 3)
-    return crop.permute(0, 3, 1, 2) / 127.5 - 1
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Networks (appendix C, figures 13 and 14). All convolutions are 3 x 3 but the shortcuts', which are 1 x 1.
 # ----------------------------------------------------------------------------------------------------------
@@ -345,15 +322,24 @@ class ConditionalBatchNorm(nn.Module):
     and seamed for longer.
     """
 
+    synchronised = False  # see `synchronise`
+
     def __init__(self, channels: int, condition: int):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(2 * channels, condition)))
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
-    def forward(self, x, condition):  # (B, C, h, w), (B, condition) -> (B, C, h, w)
-        gamma, beta = F.linear(condition, self.weight, self.bias)[:, :, None, None].chunk(2, dim=1)
-        return gamma * self.norm(x) + beta
+    def forward(self, x, condition, relu=False):  # (B, C, h, w), (B, condition) -> (B, C, h, w)
+        gamma, beta = F.linear(condition, self.weight, self.bias).chunk(2, dim=1)  # (B, C) each
+        norm = self.norm
+        if self.synchronised:
+            y = gamma[:, :, None, None] * norm(x) + beta[:, :, None, None]
+            return F.relu(y) if relu else y
+        if self.training:
+            norm.num_batches_tracked.add_(1)
+        how = dict(training=self.training, momentum=norm.momentum, eps=norm.eps, relu=relu)
+        return conditional_batch_norm(x, gamma, beta, norm.running_mean, norm.running_var, **how)
 
 
 class GeneratorBlock(nn.Module):
@@ -369,7 +355,7 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x, condition):  # (B, c_in, h, w) -> (B, c_out, 2h, 2w)
         h = self.conv1(self.up(F.relu(x)))
-        h = self.conv2(F.relu(self.cbn(h, condition)))
+        h = self.conv2(self.cbn(h, condition, relu=True))
         # The figure upscales first; a 1 x 1 convolution gives the same before it, for a quarter of the work.
         return h + self.up(self.shortcut(x))
 
@@ -638,6 +624,8 @@ def synchronise(nets: list[nn.Module]) -> None:
         for module in net.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.forward = functools.partial(synchronised_norm, module)
+            elif isinstance(module, ConditionalBatchNorm):
+                module.synchronised = True
 
 
 def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
@@ -708,7 +696,7 @@ def new_state(config: Config, device: torch.device) -> State:
     for net in (G, G_average, D, A):
         net.to(device)
     betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
-    adam = functools.partial(torch.optim.Adam, betas=betas, fused=fused)
+    adam = functools.partial(torch.optim.Adam, betas=betas, fused=fused, capturable=device.type == "cuda")
     opt_G = adam(G.parameters(), lr=config.lr_g)
     opt_D = adam([*D.parameters(), *A.parameters()], lr=config.lr_d)
     rng = torch.Generator().manual_seed(2**63 + config.seed)  # another stream than the weights'
@@ -812,9 +800,8 @@ def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, in
     rank, count = processes()
     mine = (t.chunk(count)[rank] for t in (index, top, left, mirror, z, epsilon, *places))
     index, top, left, mirror, z, epsilon, *places = mine
-    place = [move(t, images.device) for t in (index, top, left)]
-    x_macro = move(crop_patches(images, *place, height, width), device)
-    x_macro = torch.where(move(mirror, device).view(-1, 1, 1, 1), x_macro.flip(3), x_macro)
+    *place, mirror = (move(t, images.device) for t in (index, top, left, mirror))
+    x_macro = move(crop_patches(images, *place, height, width, mirror=mirror), device)
     c_macro = macro_coordinates(config, *places[:2])
     c_generated, c_micro = macro_coordinates(config, *places[-2:]), micro_matrix(config, *places[-2:])
     return Batch(x_macro, *(move(t, device) for t in (c_macro, c_generated, c_micro, z, epsilon)))
@@ -923,15 +910,60 @@ LOSSES = ("L_W", "L_GP", "gradient_norm", "L_S_real", "L_G", "L_S_generated", "L
 
 
 def train_step(state: State, batch: Batch) -> torch.Tensor:
-    """One step of D and one of G, which share the generated macro patches; returns the LOSSES, 6 or 7."""
+    """One step of D and one of G; returns the LOSSES, 6 or 7."""
+    losses = both_steps(state, batch, 1 - decay(state))
+    state.step += 1
+    return losses
+
+
+def both_steps(state: State, batch: Batch, weight: float | torch.Tensor) -> torch.Tensor:
+    """The work of `train_step`, of which D's and G's share the generated macro patches.
+
+    weight: of G's weights in their running average. Nothing else of it changes from step to step but tensors.
+    """
     G_sn = spectral_norm(state.G, iterate=True)
     parts, generated = generate_parts(state, G_sn, batch)
     optimizers = [state.opt_D, state.opt_Q] if state.config.guided else [state.opt_D]
     losses = discriminator_step(state, parts, generated, *optimizers)
-    update_average(state, G_sn)  # before Adam changes those of them that are not normalised
-    losses = torch.cat([losses, generator_step(state, parts, generated, state.opt_G)])
-    state.step += 1
-    return losses
+    update_average(state, G_sn, weight)  # before Adam changes those of them that are not normalised
+    return torch.cat([losses, generator_step(state, parts, generated, state.opt_G)])
+
+
+def graphed(state: State):
+    """A `train_step` that becomes a CUDA graph: a GPU starts all of it at once, not some thousand parts.
+
+    The first three steps are ordinary ones, in which the libraries choose their algorithms, on a stream of
+    their own as graphs ask for. The fourth is recorded, without running it, and from there on replayed on
+    each batch. The weights are those of ordinary steps.
+    """
+    stream, graph, recorded, ordinary = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, 3
+
+    def step(batch: Batch) -> torch.Tensor:
+        nonlocal recorded, ordinary
+        inputs = [*vars(batch).values(), move(torch.tensor(1 - decay(state)), state.device)]
+        if recorded is None and ordinary == 0:
+            read_from = [t.clone() for t in inputs]
+            try:
+                with torch.cuda.graph(graph):
+                    recorded = read_from, both_steps(state, Batch(*read_from[:-1]), read_from[-1])
+            except RuntimeError as error:  # of CUDA or a library; the state is as it was
+                why = str(error).strip().splitlines()[0]
+                print(f"warning: a step makes no CUDA graph here ({why}); going on without", file=sys.stderr)
+                ordinary = math.inf
+        if recorded is not None:
+            torch._foreach_copy_(recorded[0], inputs)
+            graph.replay()
+            losses = recorded[1].clone()
+        else:
+            ordinary -= 1
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                losses = both_steps(state, batch, inputs[-1])
+            torch.cuda.current_stream().wait_stream(stream)
+        state.step += 1
+        return losses
+
+    return step
 
 
 def step_beyond(state: State, batch: Batch) -> None:
@@ -946,30 +978,51 @@ def step_beyond(state: State, batch: Batch) -> None:
     generator_step(state, parts, generated, state.opt_G_beyond)
 
 
+def decay(state: State) -> float:
+    """Of the running average of G's weights: it grows to its full value over the first steps."""
+    return min(state.config.average, (1 + state.step) / (10 + state.step))
+
+
 @torch.no_grad()
-def update_average(state: State, G_sn: dict[str, torch.Tensor]) -> None:
+def update_average(state: State, G_sn: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
     """Move G_average towards the weights, as normalised, and the running statistics that this step's G had.
 
-    Deviation: the paper samples from G itself. The decay grows to its full value over the first steps.
+    Deviation: the paper samples from G itself.
     """
-    decay = min(state.config.average, (1 + state.step) / (10 + state.step))
     now = {**G_sn, **dict(state.G.named_buffers())}
     average = {**dict(state.G_average.named_parameters()), **dict(state.G_average.named_buffers())}
     for name, tensor in average.items():
         if tensor.is_floating_point():
-            tensor.lerp_(now[name], 1 - decay)
+            tensor.lerp_(now[name], weight)
         else:
             tensor.copy_(now[name])  # BatchNorm2d's count of batches
 
 
+def precision_of(config: Config, device: torch.device) -> str:
+    """What --precision auto stands for: bf16 where the device is made for it, else tf32 on a GPU."""
+    if config.precision != "auto":
+        return config.precision
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast |= device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
+
+
 def mixed_precision(state: State) -> torch.autocast:
-    """bfloat16 in G's and D's layers where the processor has it; weights, losses and Adam stay float32."""
-    device, precision = state.device.type, state.config.precision
-    if precision == "auto":
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        fast |= device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    """bfloat16 in G's and D's layers, if it is that; weights, losses and Adam stay float32."""
+    bf16 = precision_of(state.config, state.device) == "bf16"
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=bf16)
+
+
+IMPLS = ("auto", "torch", "triton")
+
+
+def choose_impl(name: str, device: torch.device) -> None:
+    """Let the operations of kernels.py run by Triton or in PyTorch; UserError for triton where it fails."""
+    if name not in IMPLS:
+        raise UserError(f"--impl {name} is unknown; give {', '.join(IMPLS)}")
+    kernels.DEFAULT = name
+    if name == "triton" and (why := kernels.failure(device.type)):
+        raise UserError(f"--impl triton does not work here: {why.split(';')[0]}; give torch, or leave it out")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1136,6 +1189,8 @@ def restore(state: State, contents: dict, path: Path, anew: tuple[str, ...] = ()
         for name, part in stateful(state).items():
             if name not in anew:
                 part.load_state_dict(contents[name])
+                if isinstance(part, torch.optim.Adam):  # the checkpoint may come from another device
+                    part.param_groups[0] |= {k: part.defaults[k] for k in ("fused", "capturable")}
         state.rng.set_state(contents["rng"])
         state.step = contents["step"]
 
@@ -1586,6 +1641,8 @@ def save_png(parts, path: Path) -> None:
 def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device = choose_device(args.device)
+    graph_wanted(args, device)
+    choose_impl(args.impl, device)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     if args.resume is None and args.source is None:
         preset, why = choose_preset(args, device, given.get("data", Config.data))
@@ -1708,6 +1765,8 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         images = torch.from_numpy(stored)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change
+        tf32 = precision_of(config, device) == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
@@ -1745,10 +1804,11 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
+    step = graphed(state) if graph_wanted(args, device) else lambda batch: train_step(state, batch)
     losses, started, began = [], time.monotonic(), state.step  # losses: of each step since the last line
     with stop_signals() as signals, tensorboard(run, state.step) as board:
         while not last:
-            losses.append(train_step(state, draw_batch(config, images, numbers, state.rng, device)))
+            losses.append(step(draw_batch(config, images, numbers, state.rng, device)))
             if any(config.ring):
                 step_beyond(state, draw_batch(config, images, numbers, state.rng, device, config.ring))
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
@@ -1788,6 +1848,13 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     more = f"{more} --extrapolate {config.extrapolate}" if any(config.ring) else more
     print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0
+
+
+def graph_wanted(args: argparse.Namespace, device: torch.device) -> bool:
+    possible = device.type == "cuda" and world() == 1
+    if args.graph and not possible:
+        raise UserError("--graph is for a single process on a GPU; leave it out")
+    return possible if args.graph is None else args.graph
 
 
 def evaluation_needs(config: Config) -> str:
@@ -1914,6 +1981,7 @@ def dry_run(config: Config) -> int:
 def sample(args: argparse.Namespace) -> int:
     """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
     device = choose_device(args.device)
+    choose_impl(args.impl, device)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
     seeds = parse_seeds(args.seed, args.count or (1 if args.panorama and not args.seed else None))
@@ -2078,6 +2146,8 @@ def build_parser() -> Parser:
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)")
     add("--from", dest="source", metavar="RUN", help="post-train what a run has learned, with --extrapolate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    text = "kernels of CBN, φ and ψ: auto, torch or triton (default: auto, triton on a GPU)"
+    add("--impl", default="auto", help=text)
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
     add("--workers", type=positive, metavar="N", help="processes that decode (default: one per core)")
     add("--log-every", type=positive, default=100, metavar="N", help="steps between lines (default: 100)")
@@ -2104,6 +2174,8 @@ def build_parser() -> Parser:
         metavar="M",
         help="images that are compared then (default: 2048, of large ones fewer)",
     )
+    text = "run steps as one CUDA graph (default: on a GPU)"
+    add("--graph", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
     text = "configuration: the defaults are the paper's where it gives one; presets change some"
     add = train_parser.add_argument_group(text).add_argument
@@ -2146,6 +2218,8 @@ def build_parser() -> Parser:
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")
     add("--force", action="store_true", help="replace pictures that exist")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    text = "kernels of CBN, φ and ψ: auto, torch or triton (default: auto, triton on a GPU)"
+    add("--impl", default="auto", help=text)
     add("--batch-size", type=positive, metavar="B", help="micro patches at a time (default: by their size)")
 
     parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}

@@ -11,7 +11,7 @@
 The file imports PyTorch and, where it is installed, Triton, and can be copied into another project. Each
 function takes
 
-    impl="auto"     the kernels, for float32, bfloat16 and float16 on a GPU with Triton, else PyTorch
+    impl="auto"     the kernels, for float32, bfloat16 and float16 on a GPU, if they work there; else PyTorch
     impl="torch"    the PyTorch reference, on any device, for these types and float64
     impl="triton"   the kernels or ValueError; on a CPU only if TRITON_INTERPRET=1 before Triton is imported
 
@@ -35,6 +35,7 @@ import json
 import math
 import statistics
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ try:
 except ImportError:
     triton = None
 
+DEFAULT = "auto"  # what impl="auto" stands for everywhere, if it is not this
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # values that a program of four warps works on at a time: 32 a thread, which its registers hold
 PROGRAMS = 1024  # to split a sum among: eight a multiprocessor of the largest GPUs, yet few partial sums
@@ -77,6 +79,7 @@ def _interpreted() -> bool:
 def _use_triton(impl: str, tensor: torch.Tensor, *types: torch.dtype) -> bool:
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}; give 'auto', 'torch' or 'triton'")
+    impl = DEFAULT if impl == "auto" else impl
     if impl == "triton" and triton is None:
         raise ValueError("impl is 'triton', which is not installed; give 'auto' or 'torch'")
     if impl == "triton" and not tensor.is_cuda and not _interpreted():
@@ -84,7 +87,25 @@ def _use_triton(impl: str, tensor: torch.Tensor, *types: torch.dtype) -> bool:
         raise ValueError(f"impl is 'triton' and the tensors are on {tensor.device}; {hint}")
     # The interpreter has to be asked for: it is slower than PyTorch by orders of magnitude.
     kernels_do = triton is not None and tensor.is_cuda and {*types} <= {*TYPES}
-    return impl == "triton" or (impl == "auto" and kernels_do)
+    return impl == "triton" or (impl == "auto" and kernels_do and _work_on_the_gpu())
+
+
+@functools.cache
+def failure(device: str) -> str | None:
+    """Why the kernels do not work here, or None. Triton may lack a C compiler, say. Found out once."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            verify(device, "triton", SMALL[:1])
+    except Exception as error:  # of Triton, and of all that it calls
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@functools.cache
+def _work_on_the_gpu() -> bool:
+    why = failure("cuda")
+    if why:
+        warnings.warn(f"the Triton kernels do not work here ({why}); PyTorch does their work")
+    return why is None
 
 
 def _check_type(name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:
@@ -686,7 +707,10 @@ def _crop_patches_kernel(images_ptr, patches_ptr, index_ptr, top_ptr, left_ptr, 
 LAYERS = (512, 512, 4, 4), (512, 256, 8, 8), (512, 128, 16, 16), (512, 64, 32, 32)
 
 
-def verify(device: str, impl: str) -> None:
+SMALL = (3, 65, 5, 7), (7, 5, 1, 1)
+
+
+def verify(device: str, impl: str, shapes: tuple = SMALL) -> None:
     """Compare outputs, gradients and running statistics with float64; AssertionError if any is off."""
 
     def compare(function, tensors, dtype, **options):
@@ -703,20 +727,20 @@ def verify(device: str, impl: str) -> None:
             name = f"{function.__name__}, {dtype}, {tuple(tensors[0].shape)}"
             assert error < 64, f"{name}: wrong by {error:.1f} roundings of the largest value"
 
-    torch.manual_seed(0)
-    shapes = (3, 65, 5, 7), (7, 5, 1, 1), *(LAYERS if device == "cuda" else ())
     types = TYPES if impl == "triton" else TYPES[:1]  # PyTorch rounds on the way too
+    rng = torch.Generator(device).manual_seed(0)  # the caller's stays as it is
+    noise = functools.partial(torch.randn, generator=rng, device=device)
     for dtype in types:
         for (B, C, h, w), channels_last in itertools.product(shapes, (True, False)):
             form = dict(dtype=dtype, memory_format=_format(channels_last))
-            channels = torch.randn(2, B, C, device=device)
+            channels = noise(2, B, C)
             running = torch.zeros(C, device=device), torch.ones(C, device=device)
-            tensors = torch.randn(B, C, h, w, device=device).to(**form), *channels, *running
+            tensors = noise(B, C, h, w).to(**form), *channels, *running
             # Of millions of values some are so near 0 that rounding decides whether the ReLU lets them pass.
             compare(conditional_batch_norm, tensors, dtype, training=True, relu=B < 8)
-            patches = torch.randn(2 * 3 * B, 3, w, w, device=device).to(**form)
+            patches = noise(2 * 3 * B, 3, w, w).to(**form)
             compare(merge_patches, (patches,), dtype, rows=2, columns=3, tanh=True)
-    images = torch.randint(0, 256, (3, 17, 23, 3), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (3, 17, 23, 3), dtype=torch.uint8, generator=rng, device=device)
     place = torch.tensor([[2, 0, 1], [-5, 3, 16], [22, -1, 7]], device=device)
     turn = torch.tensor([True, False, True], device=device)
     ours, true = (crop_patches(images, *place, 9, 13, mirror=turn, impl=how) for how in (impl, "torch"))
@@ -813,7 +837,7 @@ def main() -> None:
     args = parser.parse_args()
     gpu = triton is not None and torch.cuda.is_available()
     impl = "triton" if gpu or _interpreted() else "torch"
-    verify("cuda" if gpu else "cpu", impl)
+    verify("cuda" if gpu else "cpu", impl, SMALL + (LAYERS if gpu else ()))
     print({"triton": "the kernels agree", "torch": "the PyTorch references agree"}[impl] + " with float64")
     if not gpu:
         print(f"there is no GPU{'' if triton else ', and no Triton'} here, so nothing is timed")

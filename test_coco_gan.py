@@ -129,7 +129,7 @@ def test_presets_are_valid(name):
         (dict(alpha_s=-1.0), "--alpha-s -1.0 is out of range"),
         (dict(height=10**9), "--height 1000000000 is out of range"),
         (dict(S="16"), "--S is '16'; it must be of type int"),
-        (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, bf16"),
+        (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, tf32, bf16"),
         (dict(crop="centre"), "--crop centre is unknown; give center"),
         (dict(topology="sphere"), "--topology sphere is unknown; give plane, cylinder, torus"),
         (
@@ -707,7 +707,9 @@ def test_average_follows_the_weights_as_applied():
     state.config, state.step = dataclasses.replace(UNEVEN, average=0.999), 2
     old = copy.deepcopy(state.G_average.state_dict())
     parameters = coco_gan.spectral_norm(state.G, iterate=False)
-    coco_gan.update_average(state, parameters)  # after two steps, the decay is (1 + 2) / (10 + 2)
+    coco_gan.update_average(
+        state, parameters, 1 - coco_gan.decay(state)
+    )  # after two steps (1 + 2) / (10 + 2)
     for name, p in state.G_average.named_parameters():
         torch.testing.assert_close(p, 0.25 * old[name] + 0.75 * parameters[name].detach())
 
@@ -1147,6 +1149,102 @@ def test_tensorboard_gets_the_log_where_it_is_installed(copied, monkeypatch):
     assert calls[0] == ("run", 5) and ("L_GP", 5) in calls and calls[-1] == "closed"
 
 
+def six_steps(step_of, config=UNEVEN, device=CPU):
+    """The losses of six steps of a new run, and its networks."""
+    state = coco_gan.new_state(config, device)
+    step = step_of(state)
+    images = torch.randint(
+        256,
+        (6, config.height, config.width, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(3),
+    ).to(device)
+    draw = config, images, torch.arange(6), state.rng, device
+    losses = torch.stack([step(coco_gan.draw_batch(*draw)) for _ in range(6)])
+    return losses, {name: net.state_dict() for name, net in zip("GDA", coco_gan.networks(state))}, state.step
+
+
+def plain(state):
+    return lambda batch: coco_gan.train_step(state, batch)
+
+
+def test_kernels_that_fail_are_not_used(monkeypatch, recwarn, capsys):
+    def fails(*args):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    kernels.failure.cache_clear()
+    kernels._work_on_the_gpu.cache_clear()
+    monkeypatch.setattr(kernels, "verify", fails)
+    monkeypatch.setattr(kernels, "triton", True)
+    on_a_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    for _ in range(2):
+        assert not kernels._use_triton("auto", on_a_gpu, torch.float32)
+    (warning,) = [w.message.args[0] for w in recwarn]  # said once
+    assert warning.startswith(
+        "the Triton kernels do not work here (Failed to find C compiler.); PyTorch does"
+    )
+    assert coco_gan.main(["train", "--device", "cpu", "--dry-run", "--impl", "triton"]) == 2
+    text = (
+        "error: --impl triton does not work here: Failed to find C compiler.; give torch, or leave it out\n"
+    )
+    assert capsys.readouterr().err == text
+    monkeypatch.setattr(kernels, "verify", lambda *args: None)
+    kernels.failure.cache_clear()
+    kernels._work_on_the_gpu.cache_clear()
+    assert kernels._use_triton("auto", on_a_gpu, torch.float32)
+    monkeypatch.setattr(kernels, "DEFAULT", "torch")
+    assert not kernels._use_triton("auto", on_a_gpu, torch.float32)
+    kernels.failure.cache_clear()
+    kernels._work_on_the_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_precision_is_what_the_device_is_made_for(bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    auto = dataclasses.replace(UNEVEN, precision="auto")
+    assert coco_gan.precision_of(auto, torch.device("cuda")) == ("bf16" if bf16 else "tf32")
+    assert coco_gan.precision_of(auto, CPU) == ("bf16" if bf16 else "fp32")
+    assert coco_gan.precision_of(dataclasses.replace(auto, precision="tf32"), CPU) == "tf32"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("change", [{}, dict(guided=True), dict(accumulate=2), dict(precision="fp32")])
+def test_a_graph_changes_nothing(change):
+    config, device = dataclasses.replace(UNEVEN, **change), torch.device("cuda")
+    found, expected = (six_steps(step_of, config, device) for step_of in (coco_gan.graphed, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_without_a_graph_steps_go_on(monkeypatch, capsys):
+    @contextlib.contextmanager
+    def capture(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    found, expected = six_steps(coco_gan.graphed), six_steps(plain)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    text = "warning: a step makes no CUDA graph here (operation not permitted when stream is capturing)"
+    assert capsys.readouterr().err.startswith(text)
+
+
+def test_a_graph_is_for_one_process_on_a_gpu(monkeypatch, capsys):
+    assert coco_gan.main(["train", "--device", "cpu", "--dry-run", "--graph"]) == 2
+    assert "--graph is for a single process on a GPU; leave it out" in capsys.readouterr().err
+    cuda = torch.device("cuda")
+    asked = {choice: SimpleNamespace(graph=choice) for choice in (True, False, None)}
+    assert [coco_gan.graph_wanted(asked[choice], cuda) for choice in asked] == [True, False, True]
+    monkeypatch.setattr(coco_gan, "world", lambda: 2)
+    assert not coco_gan.graph_wanted(asked[None], cuda)
+    with pytest.raises(UserError, match="--graph is for a single process"):
+        coco_gan.graph_wanted(asked[True], cuda)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_does_not_wait_for_the_gpu():
     device = torch.device("cuda")
@@ -1184,7 +1282,7 @@ def test_split_spreads_the_held_out_images():
 # Batches in parts, and several processes
 # ----------------------------------------------------------------------------------------------------------
 
-# Both sides of a comparison run this. In float64, where rounding flips no ReLU, and without learning rates, for
+# Both sides of a comparison run this. In float64, where rounding flips no ReLU, and without learning rates:
 # Adam would make whole steps of gradients that are nothing but rounding.
 ONE_STEP = """
 import dataclasses, sys, torch, coco_gan
@@ -3092,6 +3190,36 @@ def test_without_triton_or_a_gpu_auto_is_pytorch(installed, message, monkeypatch
     assert torch.equal(copy.merge_patches(patches, 2, 3), kernels.merge_patches(patches, 2, 3, impl="torch"))
     with pytest.raises(ValueError, match=message):
         copy.merge_patches(patches, 2, 3, impl="triton")
+
+
+@pytest.mark.skipif(GPU != "cpu" or kernels.triton is None, reason="for Triton's interpreter")
+def test_training_by_the_kernels_is_training(monkeypatch):
+    config = dataclasses.replace(
+        UNEVEN, mirror=True, topology="cylinder", yaw=True, precision="fp32", lr_d=1e-5
+    )
+    monkeypatch.setattr(kernels, "DEFAULT", "torch")
+    losses, nets, _ = six_steps(plain, config)
+    coco_gan.choose_impl("triton", CPU)
+    used = []
+    for name in ("_normalise_kernel", "_merge_patches_kernel", "_crop_patches_kernel"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, Noted(name, kernel, used))
+    found, found_nets, _ = six_steps(plain, config)
+    assert len(used) == 6 * (3 + 1 + 1)  # three CBN in G, one φ, one ψ a step
+    torch.testing.assert_close(found[0], losses[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, losses, rtol=0.05, atol=0.05)  # Adam enlarges what rounding differs in
+    torch.testing.assert_close(found_nets["G"], nets["G"], rtol=0.05, atol=0.01)
+
+
+class Noted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, name, kernel, used):
+        self.name, self.kernel, self.used = name, kernel, used
+
+    def __getitem__(self, grid):
+        self.used.append(self.name)
+        return self.kernel[grid]
 
 
 def test_kernels_verify_themselves():

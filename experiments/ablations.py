@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -52,11 +51,11 @@ from coco_gan import (
     latents,
     memory,
     micro_coordinates,
-    mixed_precision,
     nearest,
     new_state,
     normalised_for_good,
     positive,
+    precision_of,
     release_pages,
     save_picture,
     split,
@@ -393,10 +392,10 @@ def ablations(args: argparse.Namespace) -> None:
         raise UserError(f"--data {base.data} has {len(stored)} images: too few for two sets of 2; give more")
     if len(real) < args.count:
         print(f"note: --count {args.count:,} is more than the real images allow; it is now {len(real):,}")
-    with mixed_precision(SimpleNamespace(config=base, device=device)):
-        precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
     settings = dict(data=base.data, images=fingerprint_of(stored), steps=args.steps, preset=args.preset)
-    settings |= dict(count=len(real), holdout=base.holdout, precision=precision, device=device.type)
+    settings |= dict(
+        count=len(real), holdout=base.holdout, precision=precision_of(base, device), device=device.type
+    )
 
     if path.exists():
         made = read(path)["settings"]
@@ -452,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", metavar="PATH", help="folder or zip of photographs (default: the preset's)")
     add("--crop", metavar="str", help=f"{', '.join(CROPS)} (default: center)")
     add("--holdout", type=int, metavar="N", help="images kept out of training, to compare with (default: 0)")
-    add("--precision", metavar="str", help="auto, fp32 or bf16 (default: auto)")
+    add("--precision", metavar="str", help="auto, fp32, tf32 or bf16 (default: auto)")
     add("--count", type=int, default=2048, metavar="N", help="images of each set compared (default: 2048)")
     add("--table", action="store_true", help="only print the table of what there is by now")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
