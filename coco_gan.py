@@ -282,6 +282,9 @@ def micro_matrix(config: Config, i: torch.Tensor, j: torch.Tensor) -> torch.Tens
 # ----------------------------------------------------------------------------------------------------------
 
 
+LAYOUT = torch.channels_last  # in memory, of images, features and weights: faster than the other one
+
+
 def initialise(net: nn.Module) -> None:
     """Glorot's uniform weights and zero biases. Deviation: the paper says nothing of it.
 
@@ -292,7 +295,7 @@ def initialise(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
             module.register_buffer("v", F.normalize(torch.randn(module.weight[0].numel()), dim=0))
-    net.to(memory_format=torch.channels_last)
+    net.to(memory_format=LAYOUT)
 
 
 def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
@@ -390,7 +393,7 @@ class Generator(nn.Module):
 
     def forward(self, z, c_micro):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]
         condition = torch.cat([z, c_micro], dim=1)
-        x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=torch.channels_last)
+        x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=LAYOUT)
         for block in self.blocks:
             x = block(x, condition)
         return torch.tanh(self.conv(F.relu(self.norm(x))).float())
@@ -801,10 +804,10 @@ def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, in
     mine = (t.chunk(count)[rank] for t in (index, top, left, mirror, z, epsilon, *places))
     index, top, left, mirror, z, epsilon, *places = mine
     *place, mirror = (move(t, images.device) for t in (index, top, left, mirror))
-    x_macro = move(crop_patches(images, *place, height, width, mirror=mirror), device)
+    x_macro = crop_patches(images, *place, height, width, mirror=mirror).contiguous(memory_format=LAYOUT)
     c_macro = macro_coordinates(config, *places[:2])
     c_generated, c_micro = macro_coordinates(config, *places[-2:]), micro_matrix(config, *places[-2:])
-    return Batch(x_macro, *(move(t, device) for t in (c_macro, c_generated, c_micro, z, epsilon)))
+    return Batch(*(move(t, device) for t in (x_macro, c_macro, c_generated, c_micro, z, epsilon)))
 
 
 def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
@@ -813,7 +816,7 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     with mixed_precision(state):
         z = batch.z.repeat_interleave(N * M, dim=0)  # (B·N·M, z_dim), one latent for all patches of a sample
         s_micro = functional_call(state.G, parameters, (z, batch.c_micro))
-    return merge_patches(s_micro, N, M).contiguous(memory_format=torch.channels_last)
+    return merge_patches(s_micro, N, M).contiguous(memory_format=LAYOUT)
 
 
 def generate_parts(state: State, parameters, batch: Batch) -> tuple[list[Batch], list[torch.Tensor]]:
