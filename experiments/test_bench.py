@@ -36,7 +36,7 @@ def test_operations_are_counted_forward_backward_and_twice_back():
 
 
 def test_a_step_has_the_operations_of_its_batch():
-    """G's forward and back, D's of x', s' and for G, and of ŝ' twice back: nothing that is done once a step."""
+    """Nothing that is done once a step, whatever the batch, is a product of matrices."""
     few, many = (bench.operations(replace(SMALL, batch_size=B), CPU) for B in (8, 16))
     assert many == 2 * few > 10**6
 
