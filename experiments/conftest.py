@@ -1,9 +1,14 @@
 """For all tests of experiments/: one thread each, and the table of what the project survives."""
 
 import datetime
+import os
 
 import pytest
 import torch
+
+# As in test_coco_gan.py: before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROWS = []  # of the README's table "What it survives"; the long forms, python -m pytest -m stress, make it
 

@@ -800,7 +800,7 @@ def test_a_folder_that_cannot_be_listed_is_no_fault_of_out(run, here, monkeypatc
 
 def test_training_with_q_finds_place_and_latent_of_generated_patches(tmp_path):
     """200 steps on toy faces; of four seeds, L_Q came to 0.17 to 0.29, A's error to 0.17 to 0.31 of chance,
-    and the distance of patches to 0.45 to 0.61 of that between two latents', of the seed that is taken least.
+    and the distance of patches to 0.45 to 0.61 of that between two latents'.
     """
     images = torch.tensor(np.array(load_images("toy:faces", 16, 16, toy_count=512, cache=tmp_path)))
     form = dict(height=16, width=16, S=4, z_dim=4, guided=True, precision="fp32", average=0.99)
