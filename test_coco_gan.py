@@ -644,7 +644,7 @@ def test_images_with_a_ring_hold_the_images_without():
     z = coco_gan.latents([1, 2], 8)
     image, larger = coco_gan.full_image(G, z), coco_gan.full_image(G, z, ring=(1, 2))
     assert larger.shape == (2, 3, 16 + 2 * 4, 24 + 4 * 4)
-    torch.testing.assert_close(larger[:, :, 4:-4, 8:-8], image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(larger[:, :, 4:-4, 8:-8], image, atol=1e-4, rtol=0)
     corner = G(z, torch.tensor([[-5 / 3, 1 + 2 * 2 / 5]] * 2))
     torch.testing.assert_close(larger[:, :, :4, -4:], corner, atol=1e-4, rtol=0)
 
@@ -738,10 +738,10 @@ def test_one_seed_is_one_image_whatever_the_batch(trained):
 
 @pytest.mark.parametrize("name", ["toy_faces.pt", "toy_landscapes.pt"])
 def test_checkpoints_of_earlier_versions_load(name):
-    """These were written when there was no Q, no ring and no continuous sampling."""
+    """These were written when there was no Q, no ring, no continuous sampling and no parts."""
     contents, config = coco_gan.read_checkpoint(coco_gan.ASSETS / name)
     added = {field.name for field in dataclasses.fields(Config)} - contents["config"].keys()
-    assert added == {"guided", "alpha_q", "extrapolate", "continuous"}
+    assert added == {"guided", "alpha_q", "extrapolate", "continuous", "accumulate", "sync_stats"}
     assert all(getattr(config, field) == getattr(Config(), field) for field in added)
     coco_gan.load(coco_gan.ASSETS / name)
 
