@@ -480,6 +480,26 @@ def test_gradient_penalty_is_taken_between_the_pairs_of_samples():
     assert torch.autograd.grad(penalty, s, allow_unused=True) == (None,)  # no way back to G
 
 
+@pytest.mark.parametrize("side", [8, 7])
+def test_relu_and_pool_are_pytorchs(side):
+    x = torch.randn(2, 3, side, side + 2, dtype=torch.float64, requires_grad=True)
+
+    def ours(x):
+        return coco_gan.Pool.apply(coco_gan.ReLU.apply(x))
+
+    torch.testing.assert_close(ours(x), torch.nn.functional.avg_pool2d(torch.relu(x), 2, ceil_mode=True))
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(lambda x: ours(x).square(), x)
+
+
+def test_gradient_penalty_does_not_go_back_through_the_layers():
+    D, c = coco_gan.Discriminator(UNEVEN), torch.zeros(4, 2)
+    x, s = torch.randn(2, 4, 3, 8, 12)
+    L_GP, _ = coco_gan.gradient_penalty(lambda t: D(t, c)[0], x, s, torch.rand(4))
+    biases = [p for name, p in D.blocks.named_parameters() if name.endswith("bias")]
+    assert set(torch.autograd.grad(L_GP, biases, allow_unused=True)) == {None}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------
