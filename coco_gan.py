@@ -306,15 +306,17 @@ def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
     step, however often the network is applied in it.
     Source: Miyato et al., "Spectral Normalization for GANs", ICLR 2018, algorithm 1; on G and D, appendix C.
     """
-    parameters = dict(net.named_parameters())
-    for name, module in net.named_modules():
-        if hasattr(module, "v"):
-            W, v = module.weight.flatten(1), module.v  # (out, in), (in,)
-            if iterate:
-                with torch.no_grad():
-                    v.copy_(F.normalize(W.T @ (W @ v), dim=0))
-            parameters[f"{name}.weight"] = module.weight / (W @ v).norm()
-    return parameters
+    layers = {f"{name}.weight": layer for name, layer in net.named_modules() if hasattr(layer, "v")}
+    weights, v = [layer.weight for layer in layers.values()], [layer.v for layer in layers.values()]
+    W = [weight.flatten(1) for weight in weights]  # (out, in), and v (in,)
+    # What is small is done for all layers at once: a GPU would take longer to begin than to finish.
+    if iterate:
+        with torch.no_grad():
+            new = [W_ @ v_ for W_, v_ in zip(W, v)]
+            new = [W_.T @ u for W_, u in zip(W, new)]
+            torch._foreach_copy_(v, torch._foreach_div(new, torch._foreach_norm(new)))
+    sigma = torch._foreach_norm([W_ @ v_ for W_, v_ in zip(W, v)])
+    return dict(net.named_parameters()) | dict(zip(layers, torch._foreach_div(weights, sigma)))
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -620,7 +622,8 @@ def gather(make, count: int) -> torch.Tensor:
     """make(slice(0, count)), (count, …), of which each process makes a part and gets all."""
     rank, processes_ = processes()
     share = -(-count // processes_)
-    mine = make(slice(rank * share, (rank + 1) * share))
+    start = min(rank * share, count - 1)  # who would have none makes the last one, too
+    mine = make(slice(start, start + share))
     if processes_ == 1:
         return mine
     padded = mine.new_zeros(share, *mine.shape[1:])

@@ -1408,7 +1408,8 @@ with coco_gan.joined("cpu"):
     found["apart"] = one_step(replace(COMPARED["whole"], sync_stats=False))
     G = coco_gan.new_state(COMPARED["whole"], torch.device("cpu")).G_average
     found["image"] = coco_gan.full_image(G, coco_gan.latents([5], 8).double())  # 24 patches: 12 and 12
-    found["patches"] = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5) % 4, torch.zeros(5))
+    found["patches"] = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5), torch.zeros(5))
+    found["patch"] = coco_gan.micro_patches(G, torch.zeros(1, 8), torch.tensor([4]), torch.zeros(1))
     torch.save(found, f"{{coco_gan.processes()[0]}}.pt")
 """
     (folder / "run.py").write_text(code)
@@ -1446,10 +1447,11 @@ def test_processes_draw_images_together(of_two_processes):
     with in_float64():
         G = coco_gan.new_state(COMPARED["whole"], CPU).G_average
         image = coco_gan.full_image(G, coco_gan.latents([5], 8).double())
-        patches = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5) % 4, torch.zeros(5))
+        patches = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5), torch.zeros(5))
     for found in of_two_processes:
         torch.testing.assert_close(found["image"], image)
         torch.testing.assert_close(found["patches"], patches)  # 5 patches: 3 and 2
+        torch.testing.assert_close(found["patch"], patches[4:])
 
 
 def torchrun(*command):
