@@ -30,6 +30,11 @@ Deviations from the paper are marked "Deviation:" where they happen and listed i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # PyTorch takes seconds to load, and Ctrl-C is to end them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import copy
@@ -39,17 +44,19 @@ import difflib
 import errno
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
-import signal
 import struct
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +71,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from data import CROPS, UserError, load_images, release_pages
+from data import CROPS, UserError, load_images, print_all_names, release_pages
 from kernels import conditional_batch_norm, crop_patches, merge_patches
 
 try:
@@ -91,6 +98,7 @@ TOPOLOGIES = {
     "cylinder": (False, True),
     "torus": (True, True),
 }  # closed down, across
+MOST_PATCHES = 2**24  # of an image: a Scene has a number for each
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,9 @@ def check_config(config: Config) -> None:
                 f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
             )
             raise UserError(f"{found}; try --{name} {most} or a smaller --S")
+    if config.R * config.K > MOST_PATCHES:
+        found = f"--S {config.S} cuts the image into {config.R * config.K} micro patches"
+        raise UserError(f"{found}; give a larger --S, for at most {MOST_PATCHES}")
     for name, allowed in (("precision", PRECISIONS), ("crop", CROPS), ("topology", TOPOLOGIES)):
         if getattr(config, name) not in allowed:
             raise UserError(f"{flag(name)} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
@@ -749,7 +760,7 @@ def new_state(config: Config, device: torch.device) -> State:
     if any(config.ring):
         state.opt_G_beyond = adam(G.blocks[:2].parameters(), lr=config.lr_g)
         state.opt_D_beyond = adam(D.parameters(), lr=config.lr_d)
-    if processes()[1] > 1:
+    if processes()[1] > 1 and device.type != "meta":
         G, *others = networks(state)
         if config.sync_stats:
             synchronise(networks(state))
@@ -1103,6 +1114,16 @@ def memory(advice: str):
         raise UserError(advice) from error
 
 
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def stateful(state: State) -> dict:
     """The networks and optimizers that there are, by name."""
     return {name: getattr(state, name) for name in STATEFUL if getattr(state, name) is not None}
@@ -1124,18 +1145,21 @@ def write_checkpoint(state: State, path: Path, fingerprint: str) -> None:
     contents |= {"images": fingerprint, "rng": state.rng.get_state()}
     contents |= {name: part.state_dict() for name, part in stateful(state).items()}
     temporary = path.with_name("checkpoint.tmp")
-    with open(temporary, "wb") as file:
-        try:
-            torch.save(contents, file)
-        except RuntimeError as error:  # what a full disk becomes in PyTorch's own writer
-            raise OSError(str(error).splitlines()[0])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(contents, file)
+            except RuntimeError as error:  # what a full disk becomes in PyTorch's own writer
+                raise OSError(str(error).splitlines()[0])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted(run.glob("checkpoint-*.pt"))
+    return sorted(path for path in run.glob("checkpoint-*.pt") if path.is_file())
 
 
 def find_checkpoint(where: str | Path | None, command: str = "--checkpoint", panorama: bool = False) -> Path:
@@ -1168,8 +1192,9 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint", pan
 def on_a_cylinder(run: Path) -> bool:
     """As config.json says, which is shorter to read than a checkpoint; False where there is none to read."""
     try:
-        return json.loads((run / "config.json").read_text())["topology"] == "cylinder"
-    except (OSError, ValueError, KeyError, TypeError):
+        path = run / "config.json"  # reading a named pipe would never end
+        return path.is_file() and json.loads(path.read_text())["topology"] == "cylinder"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -1183,15 +1208,76 @@ def fitting(path: Path):
         raise UserError(f"{path} is damaged, or of another version ({text}); give another file") from error
 
 
+# All that torch.save puts into our pickles by name.
+PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Long", "Byte")}
+
+
+def check_archive(file) -> None:
+    """Raise unless an open file is what torch.save writes, whole: torch.load would take much more.
+
+    It looks at no checksum, unpacks what is packed, and a pickle of 30 bytes has it fill the memory with a
+    bytearray.
+    """
+    if file.read(4) != b"PK\3\4":
+        raise pickle.UnpicklingError
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+            raise ValueError  # torch.save packs nothing, and no two members are the same bytes
+        if archive.testzip() is not None:
+            raise ValueError
+        for member in members:
+            if member.filename.lower().endswith("data.pkl"):
+                codes = list(pickletools.genops(archive.read(member)))
+                if not {name for code, name, _ in codes if "GLOBAL" in code.name} <= PICKLED:
+                    raise pickle.UnpicklingError
+    file.seek(0)
+
+
+def check_fit(parts: dict, contents: dict, path: Path) -> None:
+    """Raise UserError unless a checkpoint has these parts, in the types and shapes that they have.
+
+    Args: parts: networks and optimizers on the device "meta". So nothing is made yet: from a small file with
+    the configuration of a large model, or with one number that is spread over a large shape, it would take
+    all the memory; and Adam, in C, believes that its averages have the shapes of the weights.
+    """
+    expected, found = {}, {}
+    with fitting(path):
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                weights = contents[name]
+                expected |= {f"{name}.{key}": t for key, t in part.state_dict().items()}
+            else:
+                (group,), weights = part.param_groups, {}
+                for i, averages in contents[name]["state"].items():  # none before the first step
+                    p = group["params"][i]
+                    like = {"step": p.new_empty(()), "exp_avg": p, "exp_avg_sq": p}
+                    expected |= {f"{name}.{i}.{key}": t for key, t in like.items()}
+                    weights |= {f"{i}.{key}": t for key, t in averages.items()}
+            found |= {f"{name}.{key}": t for key, t in weights.items()}
+        if odd := expected.keys() ^ found.keys():
+            raise ValueError(f"{min(odd)} is missing, or too much")
+        for key, t in expected.items():
+            about = [(one.dtype, one.shape, one.layout) for one in (found[key], t)]
+            if about[0] != about[1] or found[key].is_meta:
+                raise ValueError(f"{key} is {about[0][0]} {tuple(about[0][1])}")
+        if sum(t.nbytes for t in found.values()) > path.stat().st_size:
+            raise ValueError("two of its tensors are one")
+        for key, t in found.items():
+            if ".exp_avg" not in key and not t.isfinite().all():
+                raise ValueError(f"{key} is not finite")
+
+
 def read_checkpoint(path: Path) -> tuple[dict, Config]:
     """Load a checkpoint without running code in it: its contents, in main memory, and its configuration.
 
     Raises: UserError unless it is a whole one of this program with a configuration that could be typed in.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which end in one line below
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            check_archive(file)
+            contents = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}")
     except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
@@ -1203,6 +1289,9 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
     with fitting(path):
         config = Config(**contents["config"])
         check_config(config)
+        step, images = contents["step"], contents["images"]
+        if type(step) is not int or not 0 <= step <= 10**9 or type(images) is not str:
+            raise ValueError(f"it is of step {step!r:.40}, of the images {images!r:.40}")
     return contents, config
 
 
@@ -1215,11 +1304,14 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
     """
     path = find_checkpoint(checkpoint)
     contents, config = read_checkpoint(path)
-    G = Generator(config)
     if raw and "G" not in contents:
         raise UserError(f"{path} holds averaged weights only; leave out --raw")
+    name = "G" if raw else "G_average"
+    with torch.device("meta"):
+        check_fit({name: Generator(config)}, contents, path)
+    G = Generator(config)
     with fitting(path):
-        G.load_state_dict(contents["G" if raw else "G_average"])
+        G.load_state_dict(contents[name])
     if raw:
         normalised_for_good(G)
     return G.to(device).requires_grad_(False).eval()
@@ -1229,10 +1321,12 @@ def restore(state: State, contents: dict, path: Path, anew: tuple[str, ...] = ()
     """Put everything back to where it was when the checkpoint was written, but for what begins `anew`."""
     with fitting(path):
         for name, part in stateful(state).items():
-            if name not in anew:
-                part.load_state_dict(contents[name])
-                if isinstance(part, torch.optim.Adam):  # the checkpoint may come from another device
-                    part.param_groups[0] |= {k: part.defaults[k] for k in ("fused", "capturable")}
+            if name in anew:
+                continue
+            saved = contents[name]
+            if isinstance(part, torch.optim.Adam):  # its settings are the configuration's and the device's
+                saved = {"state": saved["state"], "param_groups": part.state_dict()["param_groups"]}
+            part.load_state_dict(saved)
         state.rng.set_state(contents["rng"])
         state.step = contents["step"]
 
@@ -1257,7 +1351,9 @@ def new_run(wanted: str | None, preset: str) -> Path:
         run = Path(wanted)
         with writing("--run", run):
             run.mkdir(parents=True, exist_ok=True)
-            if any(path.name != ".lock" for path in run.iterdir()):
+            names = [path.name for path in run.iterdir() if not path.name.startswith(".")]
+            # A run that ended before its first checkpoint has nothing to lose, and begins again.
+            if names and ("config.json" not in names or any(run.glob("*.pt"))):
                 hint = (
                     f"go on with it by --resume {run}" if checkpoints(run) else "name a new or empty folder"
                 )
@@ -1361,11 +1457,14 @@ def tensorboard(run: Path, step: int):
 def logged(run: Path) -> list[dict]:
     """The entries of log.jsonl; a last line that was cut short is none."""
     path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
-        return sorted(entries, key=lambda entry: int(entry["step"]))
-    except (ValueError, KeyError, TypeError) as error:
+        *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+        entries = [json.loads(line) for line in lines]
+        numbers = [entry.get(key, 0) for entry in entries for key in ("swd", "ring_seam")]
+        if not all(type(number) in (int, float) for number in [entry["step"] for entry in entries] + numbers):
+            raise ValueError
+        return sorted(entries, key=lambda entry: entry["step"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has a line that is no entry of a log; mend or remove it") from error
 
 
@@ -1373,8 +1472,7 @@ def forget_log_after(run: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run goes on from: those steps come again."""
     path = run / "log.jsonl"
     kept = [json.dumps(entry) + "\n" for entry in logged(run) if entry["step"] <= step]
-    path.with_name("log.tmp").write_text("".join(kept))
-    os.replace(path.with_name("log.tmp"), path)
+    write_whole(path, "".join(kept).encode())
 
 
 @contextlib.contextmanager
@@ -1623,14 +1721,12 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
     """Write a picture (h, w, 3) uint8, whole or not at all; of several processes the first one does."""
     if not writes():
         return
-    temporary, side = path.with_name(f".{path.name}"), max(picture.shape)
+    side, file = max(picture.shape), io.BytesIO()
     if side > LONGEST_SIDES.get(path.suffix.lower(), side):
         raise OSError(f"it would be {side} pixels long, which only .png is made for")
-    try:
-        Image.fromarray(picture).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Not into the file itself: where a full disk cuts a JPEG short, Pillow does not notice.
+    Image.fromarray(picture).save(file, format=Image.registered_extensions()[path.suffix.lower()])
+    write_whole(path, file.getvalue())
 
 
 def save_png(parts, path: Path) -> None:
@@ -1721,13 +1817,12 @@ def train(args: argparse.Namespace) -> int:
         if args.resume is not None and checkpoints(run)[-1] != path:
             raise UserError(f"--run {run} was trained further just now; start this command again")
         state = new_state(config, device)
-        # A copy of a checkpoint may have come without it.
-        if writes() and (args.resume is None or not (run / "config.json").exists()):
-            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        if writes():  # when resuming too: --steps may be new, and a copied checkpoint have come without it
+            write_whole(run / "config.json", (json.dumps(vars(config), indent=1) + "\n").encode())
         if contents is not None:
             restore(state, contents, path, anew=() if args.source is None else BEYOND)
-            if writes():
-                forget_log_after(run, state.step)
+        if writes():
+            forget_log_after(run, state.step)
         del contents
         return train_loop(state, stored, fingerprint, run, args)
 
@@ -1770,6 +1865,10 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
     contents, config = read_checkpoint(path)
     if "G" not in contents:
         raise UserError(f"{option} {path} holds averaged weights only, which cannot be trained further")
+    with torch.device("meta"):
+        check_fit(stateful(new_state(config, torch.device("meta"))), contents, path)
+    with fitting(path):
+        torch.Generator().set_state(contents["rng"])  # now, before a new run has a folder
     if resuming and checkpoints(path.parent)[-1:] != [path]:
         hint = f"give {path.parent}, or to branch off copy it to a new folder as "
         hint += f"checkpoint-{contents['step']:09d}.pt"
@@ -1859,7 +1958,9 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             drawing, logging, saving = (
                 last or state.step % every == 0 for every in (sample_every, args.log_every, args.save_every)
             )
-            measuring = measure is not None and state.step % (args.eval_every or EVAL_EVERY) == 0
+            measuring = (
+                measure is not None and not stopped and state.step % (args.eval_every or EVAL_EVERY) == 0
+            )
             if not (drawing or logging or saving or measuring):
                 continue
             # Only from here on a GPU is waited for.
@@ -1870,8 +1971,6 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
                 # Post-training has done its work when the borders of the ring show no more than those inside.
                 seamless = seen.get("ring_seam", math.inf) <= seen.get("inner_seam", 0)
                 last = last or seamless
-            if last or saving:
-                path = save_checkpoint(state, run, fingerprint, args.keep)
             if measuring:
                 new = {**new, **measure()}
             if new.get(figure, math.inf) < best and writes():
@@ -1881,6 +1980,8 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
                 seconds, steps = time.monotonic() - started, state.step - began
                 log(state, means, {**seen, **new}, seconds, steps, run, board)
                 losses.clear()
+            if last or saving:  # at the end: who is killed before comes back to this step, and its log line
+                path = save_checkpoint(state, run, fingerprint, args.keep)
     if stopped and state.step < config.steps:
         print(f"stopped and saved {path}; go on with: python coco_gan.py train --resume {run}")
         return 128 + stopped
@@ -1951,7 +2052,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
     kind, colon, number = name.partition(":")
     have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (colon and not (kind == "cuda" and number.isdecimal())):
+    if kind not in have or (colon and not (kind == "cuda" and re.fullmatch(r"\d{1,9}", number))):
         raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
     if int(number or 0) >= have[kind]:
         raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
@@ -2130,10 +2231,10 @@ def parse_seeds(text: str | None, count: int | None) -> list[int]:
     if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
         raise UserError(f"--seed {text} is no list of seeds; give one like 0,1,4-6")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    if not all(
-        first <= last < first + 10**6 for first, *_, last in (e * 2 if len(e) == 1 else e for e in ends)
-    ):
-        raise UserError(f"--seed {text} has a range that is empty or over a million; give one like 4-6")
+    lengths = [end[-1] - end[0] + 1 for end in ends]
+    if min(lengths) < 1 or sum(lengths) > 10**6:
+        why = "has a range that is empty, or over a million seeds"
+        raise UserError(f"--seed {text} {why}; give ranges like 4-6")
     seeds = [seed for end in ends for seed in range(end[0], end[-1] + 1)]
     if count is not None and len(seeds) == 1:
         return list(range(seeds[0], seeds[0] + count))
@@ -2169,8 +2270,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on, of up to 18 digits")
     return int(text)
 
 
@@ -2275,6 +2376,7 @@ def nearest(word: str, words) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
+    print_all_names()
     parser = build_parser()
     try:
         args, unknown = parser.parse_known_args(argv)
@@ -2295,4 +2397,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -30,12 +30,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -52,11 +54,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 CROPS = ("center", "celeba", "squash", "celeba-syn")
 CACHE_VERSION = 1  # raise it when the same input gives other pixels than before
 HEADER_BYTES = 128  # NumPy pads headers to multiples of 64, and ours always have 65 to 128 bytes
-MAX_FILE_BYTES = 2**30  # nothing within Pillow's pixel limit comes near it; a zip bomb goes beyond
+MAX_FILE_BYTES = 2**29  # three values of 16 bits for each of Pillow's most pixels; a zip bomb goes beyond
+MOST_SCANNED = 2**32  # pixels times scans of a progressive JPEG; ten scans are usual
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; its message is the single line that they see."""
+
+    def __str__(self) -> str:
+        # It may quote a name or a file of a stranger's, with ends of lines and commands to the terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -130,7 +137,7 @@ def load_images(
                 names = [line.rsplit(" ", 2)[0] for line in lines]
 
                 def read(name: str) -> bytes:
-                    return Path(source, name).read_bytes()
+                    return read_file(Path(source, name))
             else:
                 names, read = _open_zip(source, stack)
             if panorama and any(len(files) == 6 for _, files, _ in _places(sorted(names), "").values()):
@@ -228,6 +235,13 @@ def _open_zip(source: str, stack: contextlib.ExitStack) -> tuple[list[str], Call
     return list(members), read
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises: OSError, or ValueError for one that cannot be an image."""
+    if path.stat().st_size > MAX_FILE_BYTES:  # of which a sparse file takes none of the disk
+        raise ValueError(f"has {path.stat().st_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
+    return path.read_bytes()
+
+
 def _missing(source: str) -> str:
     folder, name = os.path.split(os.path.abspath(source))
     near = difflib.get_close_matches(name, os.listdir(folder) if os.path.isdir(folder) else (), n=1)
@@ -292,13 +306,17 @@ def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file as upright RGB; a JPEG far larger than (width, height) enough comes smaller."""
     if not data:
         raise ValueError("is empty")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if enough and image.width % 8 == image.height % 8 == 0:  # whole blocks, which shrink exactly
-            image.draft(None, enough)
-        image.load()
-        with contextlib.suppress(Exception):  # pixels are good even where the EXIF block is not
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    # Each scan goes over all pixels, however few bytes it has: a megabyte of them would take many minutes.
+    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
+    if image.width * image.height * scans > MOST_SCANNED:
+        raise ValueError(f"has {scans} scans of {image.width} x {image.height} pixels")
+    if enough and image.width % 8 == image.height % 8 == 0:  # whole blocks, which shrink exactly
+        image.draft(None, enough)
+    image.load()
+    with contextlib.suppress(Exception):  # pixels are good even where the EXIF block is not
+        image = ImageOps.exif_transpose(image)  # a copy: with the original its decoder goes, a GB of WebP's
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -461,18 +479,13 @@ def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: 
         height, width: size of each image in px.
     """
     need = HEADER_BYTES + count * height * width * 3
-    # A name of its own: two processes may decode the same at once, and the later rename wins.
-    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
     done = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path.parent, "*-" + 16 * "[0-9a-f]")  # of other photographs too, for these files are large
         if shutil.disk_usage(path.parent).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with open(temporary, "xb") as file:
-            if fcntl:
-                with contextlib.suppress(OSError):  # not every network file system has locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+        with _whole(path) as file:
             file.write(bytes(HEADER_BYTES))
             file.flush()
             for block, images in blocks:
@@ -487,14 +500,27 @@ def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: 
             assert len(header.getvalue()) == HEADER_BYTES
             file.seek(0)
             file.write(header.getvalue())
+    except OSError as error:
+        why, megabytes = error.strerror or error, f"{need / 1e6:,.1f} MB"
+        raise UserError(f"--cache {path.parent}: {why}; name a folder with room for {megabytes}") from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name when the block has ended well; else nothing is left of it."""
+    # A name of its own: two processes may make the same at once, and the later rename wins.
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if fcntl:
+                with contextlib.suppress(OSError):  # not every network file system has locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             if not fcntl:
                 file.close()  # Windows renames no open file; elsewhere the lock must last until the rename
             os.replace(temporary, path)
-    except OSError as error:
-        why, megabytes = error.strerror or error, f"{need / 1e6:,.1f} MB"
-        raise UserError(f"--cache {path.parent}: {why}; name a folder with room for {megabytes}") from error
     finally:
         with contextlib.suppress(OSError):  # as a rule it is gone by now, renamed
             temporary.unlink()
@@ -509,12 +535,13 @@ def _progress(done: int, step: int, count: int, what: str) -> None:
         print(f"{start}{done:,} of {count:,} {what} ready{end}", end="", file=sys.stderr, flush=True)
 
 
-def _sweep(path: Path) -> None:
-    """Delete what killed decodes of the same file left behind."""
-    for old in path.parent.glob(f"{path.stem}.*.tmp"):
+def _sweep(folder: Path, stem: str) -> None:
+    """Delete what killed processes left behind of files whose names, without ending, match a pattern."""
+    for old in folder.glob(f"{stem}.{8 * '[0-9a-f]'}.tmp"):
         # OSError: somebody is still writing it. Who finds it empty may have come just before its lock.
         with contextlib.suppress(OSError), open(old, "r+b") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            found = os.fstat(file.fileno())
+            if found.st_size == 0 and time.time() - found.st_mtime < 60:
                 continue
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -569,7 +596,7 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
             names = [line.rsplit(" ", 2)[0] for line in _list_folder(source)]
 
             def fetch(name: str) -> bytes:
-                return Path(source, name).read_bytes()
+                return read_file(Path(source, name))
         elif os.path.isfile(source):
             names, fetch = _open_zip(source, stack)
         else:
@@ -583,14 +610,14 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
             return {name: fetch(name) for name in files}
 
         settings = json.dumps(dict(zip(("rows", "columns", "projection", "latitude"), view)))
-        record, temporary = target / "panorama.json", target / f"panorama.{secrets.token_hex(4)}.tmp"
-        made, skipped = 0, []
+        record, made, skipped = target / "panorama.json", 0, []
         try:
             before = " ".join(record.read_text(errors="replace").split()) if record.exists() else ""
             if before not in ("", settings):
                 raise UserError(f"DST {folder} has panoramas of other settings, {before}; name another")
             if not before and target.is_dir() and _list_folder(str(target)):
                 raise UserError(f"DST {folder} holds images from elsewhere; name a new or empty folder")
+            _sweep(target, "*")
             todo = [label for label in places if not (target / places[label][0]).exists()]
             results = _in_processes("draw_panorama", view, todo, read, 1, workers)
             stack.enter_context(contextlib.closing(results))
@@ -598,17 +625,15 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
                 if png:
                     if not before and not made:
                         target.mkdir(parents=True, exist_ok=True)
-                        record.write_text(settings)
-                    temporary.write_bytes(png)
-                    os.replace(temporary, target / places[label][0])
+                        with _whole(record) as file:
+                            file.write(settings.encode())
+                    with _whole(target / places[label][0]) as file:
+                        file.write(png)
                     made += 1
                 skipped += bad
                 _progress(done, 1, len(todo), "panoramas")
         except OSError as error:
             raise UserError(f"DST {folder}: {error.strerror or error}; name another folder") from error
-        finally:
-            with contextlib.suppress(OSError):  # as a rule it is gone by now, renamed
-                temporary.unlink()
     if len(skipped) == len(places):
         sought = ", ".join(" ".join(names) for names in FACE_NAMES)
         first = f" (first of {len(skipped)}: {skipped[0]})" if skipped else ""
@@ -676,7 +701,12 @@ def draw_panorama(
     images, sizes = [], []
     for name, content in files.items():
         try:
-            images.append(read_rgb(content, (enough if cube else 2 * enough, enough)))
+            image = read_rgb(content, (enough if cube else 2 * enough, enough))
+            if image.height > enough and image.width == image.height * (1 if cube else 2):
+                # Now, or six large ones would be in memory.
+                size = (enough if cube else 2 * enough, enough)
+                image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+            images.append(image)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 sizes.append(image.size)  # as it was before read_rgb made it smaller
         except Exception as error:
@@ -995,6 +1025,12 @@ TOYS = {"toy:faces": toy_faces, "toy:landscapes": toy_landscapes}
 # ---------------------------------------------------------------------------------------------------------
 
 
+def print_all_names() -> None:
+    """Let print show a name that is not UTF-8 with backslashes, as stderr does, and not raise."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UserError."""
 
@@ -1004,6 +1040,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a mistake of the user's, or 130 after Ctrl-C."""
+    print_all_names()
     parser = Parser(prog="data.py", description="Turn cube maps and 2:1 images into panoramas for training.")
     commands = parser.add_subparsers(metavar="panorama", required=True)
     add = commands.add_parser("panorama", description=parser.description).add_argument

@@ -63,7 +63,7 @@ from coco_gan import (
     train_step,
     writing,
 )
-from data import CROPS, UserError, load_images
+from data import CROPS, UserError, load_images, print_all_names
 from experiments.evaluate import choose_real, write
 from experiments.metrics import MOST_IMAGES, in_training
 
@@ -309,12 +309,12 @@ def run(variant: str, names: list[str], config: Config, device, data: tuple, pat
 
 def read(path: Path) -> dict:
     """The file's settings, floor and results, {"variant seed": figures}; UserError if it is another file."""
+    if not os.path.isfile(path):  # reading a device or a named pipe would never end
+        raise UserError(f"--json {path} does not exist; leave out --table to make it")
     try:
         contents = json.loads(path.read_text())
-        table(contents)  # whatever is missing or strange comes up here
-    except FileNotFoundError:
-        raise UserError(f"--json {path} does not exist; leave out --table to make it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        table(contents)  # whatever is missing or strange comes up here, as all sorts of errors
+    except Exception as error:
         raise UserError(f"--json {path} holds no results of this command; name another file") from error
     return contents
 
@@ -378,8 +378,8 @@ def ablations(args: argparse.Namespace) -> None:
             if args.variants:
                 raise
             print(f"left out: {error}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        why = "it is a folder" if path.is_dir() else "its folder is missing or read-only"
+    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK):
+        why = "it is a folder" if os.path.isdir(path) else "its folder is missing or read-only"
         raise UserError(f"--json {path} cannot be written: {why}; name another file")
 
     how = dict(crop=base.crop, seed=base.seed, cache=args.cache)
@@ -397,7 +397,7 @@ def ablations(args: argparse.Namespace) -> None:
         count=len(real), holdout=base.holdout, precision=precision_of(base, device), device=device.type
     )
 
-    if path.exists():
+    if os.path.exists(path):
         made = read(path)["settings"]
         for name, value in settings.items():
             if made.get(name) != value:
@@ -441,6 +441,7 @@ def ablations(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a mistake of the user's, 130 if interrupted."""
+    print_all_names()
     parser = Parser(prog="python -m experiments.ablations", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--steps", type=positive, default=2000, metavar="N", help="of training each variant (default: 2000)")

@@ -40,10 +40,11 @@ from coco_gan import (
     read_checkpoint,
     split,
     to_uint8,
+    write_whole,
     writes,
     writing,
 )
-from data import UserError, release_pages
+from data import UserError, print_all_names, release_pages
 from experiments import metrics
 from experiments.metrics import MOST_FEATURES, MOST_IMAGES, column_seams, seam_ratio, sliced_wasserstein
 
@@ -107,11 +108,8 @@ def check_target(flag: str, path: str, force: bool) -> None:
 
 
 def write(flag: str, path: str, contents: bytes) -> None:
-    """Write a file, whole or not at all."""
-    temporary = Path(path).with_name(f".{Path(path).name}")
     with writing(flag, path):
-        temporary.write_bytes(contents)
-        os.replace(temporary, path)
+        write_whole(Path(path), contents)
 
 
 def load_network(path: str, device: torch.device) -> tuple[torch.jit.ScriptModule, str]:
@@ -302,6 +300,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    print_all_names()
     parser = Parser(prog="python -m experiments.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to evaluate (default: the newest under runs/)")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from coco_gan import Generator, Parser, find_checkpoint, load, memory, read_checkpoint, writing
-from data import UserError
+from data import UserError, print_all_names
 
 KEPT = ("format", "config", "step", "images", "G_average")
 ENDINGS = (".pt", ".pt2", ".npz", ".onnx")
@@ -83,6 +83,7 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    print_all_names()
     parser = Parser(prog="python -m experiments.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to take them from (default: the newest under runs/)")

@@ -60,7 +60,7 @@ from coco_gan import (
     to_uint8,
     writing,
 )
-from data import ENDINGS, UserError, decode_image, read_rgb, reason_of
+from data import ENDINGS, UserError, decode_image, print_all_names, read_file, read_rgb, reason_of
 from experiments.view import save_animation
 
 MOST_PIXELS = 2**26  # of a figure, about: all of it is in memory
@@ -285,7 +285,7 @@ def read_photo(path: Path, at: tuple[int, int], config: Config):
     size of a macro patch, it is x', and there is no photograph and no place: None.
     Raises: ValueError for one that is too small, and whatever Pillow raises for what it cannot read.
     """
-    data, height, width = path.read_bytes(), config.N * config.S, config.M * config.S
+    data, height, width = read_file(path), config.N * config.S, config.M * config.S
     w, h = read_rgb(data).size  # upright, unlike what Image.open tells
     if h < height or w < width:
         raise ValueError(f"is {w} x {h}, smaller than a macro patch, {width} x {height}")
@@ -305,6 +305,8 @@ def read_photos(where: str, at: tuple[int, int], config: Config) -> list[tuple]:
     Raises: UserError where there is none, or more than a sheet holds.
     """
     folder, photos = os.path.isdir(where), []
+    if os.path.exists(where) and not folder and not os.path.isfile(where):  # reading it might never end
+        raise UserError(f"{where} is neither a file nor a folder; give another photograph")
     paths = images_in(where) if folder else [Path(where)]
     pixels = len(paths) * 2 * config.height * (config.width + config.M * config.S)
     if pixels > MOST_PIXELS:
@@ -524,6 +526,7 @@ def figure(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
+    print_all_names()
     name = "python -m experiments.figures"
     parser = Parser(prog=name, description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)

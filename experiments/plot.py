@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from coco_gan import Parser, free_name, save_picture, writing
-from data import UserError
+from data import UserError, print_all_names
 
 # Title and what the log calls it, of one line a run; of a second one, dashed, the same two.
 PANELS = (
@@ -40,6 +40,8 @@ def read_log(run: str) -> list[dict]:
     Raises: UserError for a line with an indicator that is no finite number, or that is broken in another way.
     """
     path, entries = Path(run) / "log.jsonl", []
+    if os.path.exists(path) and not os.path.isfile(path):  # reading it might never end
+        raise UserError(f"RUN {run}: log.jsonl cannot be read: it is no file; give another run")
     try:
         *lines, rest = path.read_bytes().split(b"\n")  # rest: what stands after the last end of a line
     except (FileNotFoundError, NotADirectoryError):
@@ -156,6 +158,7 @@ def plot(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    print_all_names()
     parser = Parser(prog="python -m experiments.plot", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, with its log.jsonl")

@@ -38,7 +38,7 @@ from coco_gan import (
     save_picture,
     writing,
 )
-from data import UserError
+from data import UserError, print_all_names
 
 LONGEST_SIDE = 4096  # of a view, pixels
 MOST_PIXELS = 2**28  # of an animation, all of whose frames are in memory
@@ -192,6 +192,7 @@ def view(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
+    print_all_names()
     text = f"{__doc__.splitlines()[0]} What lies beyond the panorama's latitudes is black."
     parser = Parser(prog="python -m experiments.view", description=text, allow_abbrev=False)
     add = parser.add_argument
