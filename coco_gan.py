@@ -1262,7 +1262,7 @@ def check_fit(parts: dict, contents: dict, path: Path) -> None:
             about = [(one.dtype, one.shape, one.layout) for one in (found[key], t)]
             if about[0] != about[1] or found[key].is_meta:
                 raise ValueError(f"{key} is {about[0][0]} {tuple(about[0][1])}")
-        if sum(t.nbytes for t in found.values()) > path.stat().st_size:
+        if sum(t.nbytes for t in found.values()) > contents["size"]:
             raise ValueError("two of its tensors are one")
         for key, t in found.items():
             if ".exp_avg" not in key and not t.isfinite().all():
@@ -1278,6 +1278,7 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
         with open(path, "rb") as file:
             check_archive(file)
             contents = torch.load(file, map_location="cpu", weights_only=True)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}")
     except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
@@ -1292,6 +1293,7 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
         step, images = contents["step"], contents["images"]
         if type(step) is not int or not 0 <= step <= 10**9 or type(images) is not str:
             raise ValueError(f"it is of step {step!r:.40}, of the images {images!r:.40}")
+    contents["size"] = size  # of the file, which another process may delete
     return contents, config
 
 
