@@ -320,7 +320,7 @@ def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
     layers = {f"{name}.weight": layer for name, layer in net.named_modules() if hasattr(layer, "v")}
     weights, v = [layer.weight for layer in layers.values()], [layer.v for layer in layers.values()]
     W = [weight.flatten(1) for weight in weights]  # (out, in), and v (in,)
-    # What is small is done for all layers at once: a GPU would take longer to begin than to finish.
+    # Norms and copies are done for all layers at once: a GPU takes longer to begin than to finish them.
     if iterate:
         with torch.no_grad():
             new = [W_ @ v_ for W_, v_ in zip(W, v)]
@@ -580,15 +580,14 @@ def writes() -> bool:
 
 @contextlib.contextmanager
 def joined(device: str):
-    """Work with the other processes that torchrun started, if it did; all but the first print errors only."""
+    """Work with the other processes that torchrun started, if it did; all print errors, one the rest."""
     if world() == 1:
         yield
         return
     device = choose_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # A day, for the others wait while the first one decodes the images; the end of a process is seen at once.
+    # A day: the others wait while the first one decodes the images. That a process ended, gloo sees at once;
+    # and torchrun, which then ends the others, within seconds.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if not writes():
         speak_to_nobody()
@@ -597,9 +596,9 @@ def joined(device: str):
     except RuntimeError as error:
         if not re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
             raise
-        ended = "another process has ended, and this one cannot go on alone"
+        ended = f"another process has ended, or cannot be reached ({str(error).splitlines()[0][:200]})"
         raise UserError(f"{ended}; what was saved is whole: --resume goes on with a run") from error
-    finally:
+    else:  # only then, for it waits for what the others have begun
         dist.destroy_process_group()
 
 
@@ -987,32 +986,35 @@ def graphed(state: State):
 
     The first three steps are ordinary ones, in which the libraries choose their algorithms, on a stream of
     their own as graphs ask for. The fourth is recorded, without running it, and from there on replayed on
-    each batch. The weights are those of ordinary steps.
+    each batch. The weights are those of ordinary steps, but for the order in which cuDNN adds.
     """
     stream, graph, recorded, ordinary = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, 3
 
     def step(batch: Batch) -> torch.Tensor:
         nonlocal recorded, ordinary
         inputs = [*vars(batch).values(), move(torch.tensor(1 - decay(state)), state.device)]
-        if recorded is None and ordinary == 0:
-            read_from = [t.clone() for t in inputs]
-            try:
-                with torch.cuda.graph(graph):
-                    recorded = read_from, both_steps(state, Batch(*read_from[:-1]), read_from[-1])
-            except RuntimeError as error:  # of CUDA or a library; the state is as it was
-                why = str(error).strip().splitlines()[0]
-                print(f"warning: a step makes no CUDA graph here ({why}); going on without", file=sys.stderr)
-                ordinary = math.inf
-        if recorded is not None:
-            torch._foreach_copy_(recorded[0], inputs)
-            graph.replay()
-            losses = recorded[1].clone()
-        else:
+        if ordinary:
             ordinary -= 1
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 losses = both_steps(state, batch, inputs[-1])
             torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if recorded is None:
+                read_from = [t.clone() for t in inputs]
+                try:
+                    with torch.cuda.graph(graph):
+                        recorded = read_from, both_steps(state, Batch(*read_from[:-1]), read_from[-1])
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # after which nothing on the GPU can be relied on
+                    why = str(error.__context__ or error).strip().splitlines()[0]
+                    raise UserError(
+                        f"--graph: a step makes no CUDA graph here ({why}); leave it out"
+                    ) from error
+            torch._foreach_copy_(recorded[0], inputs)
+            graph.replay()
+            losses = recorded[1].clone()
         state.step += 1
         return losses
 
@@ -1074,8 +1076,13 @@ def choose_impl(name: str, device: torch.device) -> None:
     if name not in IMPLS:
         raise UserError(f"--impl {name} is unknown; give {', '.join(IMPLS)}")
     kernels.DEFAULT = name
-    if name == "triton" and (why := kernels.failure(device.type)):
+    tried = name == "triton" or (name == "auto" and device.type == "cuda" and kernels.triton is not None)
+    why = kernels.failure(device.type) if tried else None
+    if why and name == "triton":
         raise UserError(f"--impl triton does not work here: {why.split(';')[0]}; give torch, or leave it out")
+    if why:
+        print(f"warning: Triton's kernels do not work here ({why}); PyTorch does their work", file=sys.stderr)
+        kernels.DEFAULT = "torch"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1206,6 +1213,8 @@ def fitting(path: Path):
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged, or of another version ({text}); give another file") from error
+    except OSError as error:  # another process trains this run, and has deleted it
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 # All that torch.save puts into our pickles by name.
@@ -1262,7 +1271,7 @@ def check_fit(parts: dict, contents: dict, path: Path) -> None:
             about = [(one.dtype, one.shape, one.layout) for one in (found[key], t)]
             if about[0] != about[1] or found[key].is_meta:
                 raise ValueError(f"{key} is {about[0][0]} {tuple(about[0][1])}")
-        if sum(t.nbytes for t in found.values()) > contents["size"]:
+        if sum(t.nbytes for t in found.values()) > path.stat().st_size:
             raise ValueError("two of its tensors are one")
         for key, t in found.items():
             if ".exp_avg" not in key and not t.isfinite().all():
@@ -1278,7 +1287,6 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
         with open(path, "rb") as file:
             check_archive(file)
             contents = torch.load(file, map_location="cpu", weights_only=True)
-            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}")
     except Exception as error:  # torch.load answers a damaged file with whatever its parsers meet first
@@ -1293,7 +1301,6 @@ def read_checkpoint(path: Path) -> tuple[dict, Config]:
         step, images = contents["step"], contents["images"]
         if type(step) is not int or not 0 <= step <= 10**9 or type(images) is not str:
             raise ValueError(f"it is of step {step!r:.40}, of the images {images!r:.40}")
-    contents["size"] = size  # of the file, which another process may delete
     return contents, config
 
 
@@ -1781,7 +1788,8 @@ def save_png(parts, path: Path) -> None:
 def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device = choose_device(args.device)
-    graph_wanted(args, device)
+    if args.graph and (device.type != "cuda" or world() > 1):
+        raise UserError("--graph is for a single process on a GPU; leave it out")
     choose_impl(args.impl, device)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
     if args.resume is None and args.source is None:
@@ -1796,7 +1804,7 @@ def train(args: argparse.Namespace) -> int:
     check_panorama(args, config, "this run")
     if args.eval_every is not None and (why := evaluation_needs(config)):
         raise UserError(f"--eval-every {args.eval_every} needs {why}; leave it out")
-    check_shares(config)
+    check_shares(config, contents is not None)
     if args.dry_run:
         return dry_run(config)
 
@@ -1823,6 +1831,10 @@ def train(args: argparse.Namespace) -> int:
             write_whole(run / "config.json", (json.dumps(vars(config), indent=1) + "\n").encode())
         if contents is not None:
             restore(state, contents, path, anew=() if args.source is None else BEYOND)
+            if highest(state.step) != -highest(-state.step):
+                raise UserError(
+                    "the processes found checkpoints of different steps; start this command again"
+                )
         if writes():
             forget_log_after(run, state.step)
         del contents
@@ -1835,11 +1847,12 @@ def parts_allowed(config: Config) -> list[int]:
     return [k for k in range(1, share // 2 + 1) if share % k == 0 and not rest]
 
 
-def check_shares(config: Config) -> None:
+def check_shares(config: Config, resuming: bool) -> None:
     allowed, found = parts_allowed(config), f"--batch-size {config.batch_size}"
     if not allowed:
         why = f"cannot be shared by {world()} processes, at least two macro patches to each"
-        raise UserError(f"{found} {why}; try {max(config.batch_size // world(), 2) * world()}")
+        other = f"--batch-size {max(config.batch_size // world(), 2) * world()}"
+        raise UserError(f"{found} {why}; try {'another number of them' if resuming else other}")
     if config.accumulate not in allowed:
         found += f" of {world()} processes" if world() > 1 else ""
         may = ", ".join(map(str, allowed))
@@ -1872,6 +1885,8 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
     with fitting(path):
         torch.Generator().set_state(contents["rng"])  # now, before a new run has a folder
     if resuming and checkpoints(path.parent)[-1:] != [path]:
+        if where is None or os.path.isdir(where):  # a moment ago it was the newest
+            raise UserError(f"--run {path.parent} is in use by another process; wait for it")
         hint = f"give {path.parent}, or to branch off copy it to a new folder as "
         hint += f"checkpoint-{contents['step']:09d}.pt"
         raise UserError(f"--resume {path} is not the newest checkpoint of a run; {hint}")
@@ -1947,7 +1962,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     todo = f"{config.steps - state.step:,} steps to go"
     print(f"{len(numbers):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    step = graphed(state) if graph_wanted(args, device) else lambda batch: train_step(state, batch)
+    step = graphed(state) if args.graph else lambda batch: train_step(state, batch)
     losses, started, began = [], time.monotonic(), state.step  # losses: of each step since the last line
     with stop_signals() as signals, tensorboard(run, state.step) as board:
         while not last:
@@ -1993,13 +2008,6 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     more = f"{more} --extrapolate {config.extrapolate}" if any(config.ring) else more
     print(f"done: {run}/sample-{state.step:09d}.png; for more: python coco_gan.py sample --checkpoint {more}")
     return 0
-
-
-def graph_wanted(args: argparse.Namespace, device: torch.device) -> bool:
-    possible = device.type == "cuda" and world() == 1
-    if args.graph and not possible:
-        raise UserError("--graph is for a single process on a GPU; leave it out")
-    return possible if args.graph is None else args.graph
 
 
 def evaluation_needs(config: Config) -> str:
@@ -2058,6 +2066,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
     if int(number or 0) >= have[kind]:
         raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
+    if kind == "cuda":
+        torch.cuda.set_device(int(number or 0))  # streams, graphs and Triton go by the current one
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would depend on how many patches go together
     return torch.device(name)
 
 
@@ -2127,7 +2138,6 @@ def sample(args: argparse.Namespace) -> int:
     """`sample`: from a checkpoint to a picture, or to one picture a seed in a folder."""
     device = choose_device(args.device)
     choose_impl(args.impl, device)
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
     seeds = parse_seeds(args.seed, args.count or (1 if args.panorama and not args.seed else None))
     out = Path(args.out or free_name(picture_folder(path) / path.stem.replace("checkpoint", "seeds")))
@@ -2319,8 +2329,7 @@ def build_parser() -> Parser:
         metavar="M",
         help="images that are compared then (default: 2048, of large ones fewer)",
     )
-    text = "run steps as one CUDA graph (default: on a GPU)"
-    add("--graph", action=argparse.BooleanOptionalAction, default=None, help=text)
+    add("--graph", action="store_true", help="on a GPU, run a step as one CUDA graph")
     add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
     text = "configuration: the defaults are the paper's where it gives one; presets change some"
     add = train_parser.add_argument_group(text).add_argument

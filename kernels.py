@@ -79,7 +79,8 @@ def _interpreted() -> bool:
 def _use_triton(impl: str, tensor: torch.Tensor, *types: torch.dtype) -> bool:
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}; give 'auto', 'torch' or 'triton'")
-    impl = DEFAULT if impl == "auto" else impl
+    if impl == "auto" and (DEFAULT != "triton" or tensor.is_cuda or _interpreted()):
+        impl = DEFAULT
     if impl == "triton" and triton is None:
         raise ValueError("impl is 'triton', which is not installed; give 'auto' or 'torch'")
     if impl == "triton" and not tensor.is_cuda and not _interpreted():

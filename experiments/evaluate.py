@@ -70,7 +70,7 @@ class Rows:
         return found
 
 
-def generate(G: Generator, count: int, seed: int, folder: str) -> np.ndarray:
+def generate(G: Generator, count: int, seed: int, folder: str) -> np.ndarray | None:
     """Generate the images of the latents' seeds from seed * MOST_IMAGES on: uint8 (count, H, W, 3).
 
     Only a batch of them is in memory; they lie in a file of the folder, which ends with the array.
@@ -80,8 +80,10 @@ def generate(G: Generator, count: int, seed: int, folder: str) -> np.ndarray:
     with writing("--cache", folder), tempfile.TemporaryFile(dir=folder) as file:
         for first in range(end - count, end, batch_size):
             z = latents(range(first, min(first + batch_size, end)), G.config.z_dim)
-            file.write(to_uint8(full_image(G, z)).tobytes())
-        return np.memmap(file, np.uint8, "r", shape=(count, H, W, 3))
+            images = to_uint8(full_image(G, z))  # by all processes; the first one keeps them
+            if writes():
+                file.write(images.tobytes())
+        return np.memmap(file, np.uint8, "r", shape=(count, H, W, 3)) if writes() else None
 
 
 def choose_real(images: np.ndarray, holdout: int, count: int) -> tuple[Rows, Rows]:
@@ -299,7 +301,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Run the command; returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     print_all_names()
     parser = Parser(prog="python -m experiments.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -324,6 +326,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # UserError is one; the others are metrics.py's, of images it cannot compare
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -154,7 +154,6 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
 def view(args: argparse.Namespace) -> None:
     """From a checkpoint to a picture, to an animation or to a table of times."""
     (height, width), device = check(args), choose_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     path = find_checkpoint(args.checkpoint, panorama=True)
     flag, endings = ("--pan", (".gif", ".webp")) if args.pan else ("--out", PICTURES)
     out = Path(args.pan or args.out or free_name(picture_folder(path) / "view"))
