@@ -43,6 +43,9 @@ def test_a_step_has_the_operations_of_its_batch():
 
 def test_stages_add_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(kernels, "failure", lambda device: "no C compiler")
+    assert "+ kernels" not in [stage.name for stage in bench.stages(SMALL, CUDA)]
+    monkeypatch.setattr(kernels, "failure", lambda device: None)
     ladder = bench.stages(SMALL, CUDA)
     names = [
         "eager, float32",
