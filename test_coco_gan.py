@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import importlib
@@ -1028,7 +1029,9 @@ def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process, it does not signal it")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
-def test_signals_save_and_say_how_to_go_on(number, copied):
+def test_signals_save_and_say_how_to_go_on(number, copied, request):
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)  # also where these tests themselves run behind nohup
     command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
     command += ["--device", "cpu"]
     with subprocess.Popen([*command, "--log-every", "1"], stdout=subprocess.PIPE, text=True) as process:
