@@ -85,7 +85,8 @@ def child(folder: str, words: list[str], writer: Connection, main) -> None:
     os.dup2(writer.fileno(), 1)
     os.dup2(writer.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started all with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started all with &,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or nohup did
     os.write(1, b"\n")
     writer.close()
     status = main(words)
