@@ -1027,11 +1027,16 @@ def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
     assert len(coco_gan.checkpoints(copied)) == 2 and not (copied / "checkpoint.tmp").exists()
 
 
+def heed(number, request):
+    """Let the processes of a test heed a signal, also where nohup or a shell's & has these tests ignore it."""
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process, it does not signal it")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
 def test_signals_save_and_say_how_to_go_on(number, copied, request):
-    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
-    signal.signal(number, signal.SIG_DFL)  # also where these tests themselves run behind nohup
+    heed(number, request)
     command = [sys.executable, str(ROOT / "coco_gan.py"), "train", "--resume", "run", "--steps", "1000000"]
     command += ["--device", "cpu"]
     with subprocess.Popen([*command, "--log-every", "1"], stdout=subprocess.PIPE, text=True) as process:
@@ -2814,7 +2819,8 @@ def test_a_full_disk_and_a_dead_worker_are_told(here, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C to a process group, as POSIX terminals do")
-def test_ctrl_c_ends_panoramas_quietly(here):
+def test_ctrl_c_ends_panoramas_quietly(here, request):
+    heed(signal.SIGINT, request)
     fill(here / "photos", {f"{i:03}.png": encode(sphere(4)) for i in range(400)})
     command = [sys.executable, data.__file__, "panorama", "photos", "made", "--workers", "2"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
