@@ -1028,7 +1028,7 @@ def test_killed_while_saving_keeps_the_last_whole_checkpoint(place, copied):
 
 
 def heed(number, request):
-    """Let the processes of a test heed a signal, also where nohup or a shell's & has these tests ignore it."""
+    """Let the processes of a test heed a signal, also where nohup or a shell's & has them ignore it."""
     request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
