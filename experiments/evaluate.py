@@ -35,6 +35,7 @@ from coco_gan import (
     full_image,
     joined,
     latents,
+    leave,
     load,
     load_once,
     read_checkpoint,
@@ -332,4 +333,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
