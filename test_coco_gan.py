@@ -1471,6 +1471,7 @@ with coco_gan.joined("cpu"):
     found["patches"] = coco_gan.micro_patches(G, torch.zeros(5, 8), torch.arange(5), torch.zeros(5))
     found["patch"] = coco_gan.micro_patches(G, torch.zeros(1, 8), torch.tensor([4]), torch.zeros(1))
     torch.save(found, f"{{coco_gan.processes()[0]}}.pt")
+coco_gan.leave(0)
 """
     (folder / "run.py").write_text(code)
     both = start_processes(2, "run.py", cwd=folder)
