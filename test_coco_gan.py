@@ -1191,7 +1191,8 @@ def six_steps(step_of, config=UNEVEN, device=CPU):
     ).to(device)
     draw = config, images, torch.arange(6), state.rng, device
     losses = torch.stack([step(coco_gan.draw_batch(*draw)) for _ in range(6)])
-    return losses, {name: net.state_dict() for name, net in zip("GDA", coco_gan.networks(state))}, state.step
+    nets = zip(("G_average", *"GDA"), [state.G_average, *coco_gan.networks(state)])
+    return losses, {name: net.state_dict() for name, net in nets}, state.step
 
 
 def plain(state):
@@ -1248,8 +1249,80 @@ def test_precision_is_what_the_device_is_made_for(bf16, monkeypatch):
     assert coco_gan.precision_of(dataclasses.replace(auto, precision="tf32"), CPU) == "tf32"
 
 
+STEPS = [{}, dict(guided=True), dict(accumulate=2), dict(precision="fp32")]
+
+
+def memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class Replayed(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph: notes operations on tensors, and does them again on the same memory.
+
+    Whatever else a step does is done while it is recorded, and then never again. Recording is done without
+    running: what tensors hold afterwards means nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    @contextlib.contextmanager
+    def record(self, held):
+        before = [t.clone() for t in held]
+        with self:
+            yield
+        for t, value in zip(held, before):
+            t.copy_(value)
+        kept = {memory(t) for t in held}
+        for _, t in tensors([result for *_, result in self.done]):
+            if t.is_floating_point() and memory(t) not in kept:
+                t.detach().fill_(math.nan)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.done:
+            for (_, new), (_, old) in zip(tensors([function(*args, **kwargs)]), tensors([result])):
+                if memory(new) != memory(old):  # else it is a view, or was written in place
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("change", STEPS)
+def test_a_step_can_be_replayed(change, monkeypatch):
+    """A graph has all that changes from step to step in tensors: replayed, it trains as ordinary steps do."""
+    state = coco_gan.new_state(dataclasses.replace(UNEVEN, **change), CPU)
+    optimizers = [part for name, part in coco_gan.stateful(state).items() if name.startswith("opt")]
+    graphs = []
+
+    def graph_of():
+        graphs.append(Replayed())
+        return graphs[-1]
+
+    def held(graph):
+        nets = [state.G_average, *coco_gan.networks(state)]
+        return [t for part in (*nets, *optimizers) for _, t in tensors(part.state_dict())]
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph_of)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.record(held(graph)))
+    expected = six_steps(plain, state.config)
+    monkeypatch.setattr(coco_gan, "new_state", lambda *_: state)
+    found = six_steps(coco_gan.graphed, state.config)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (graph,) = graphs
+    assert len(graph.done) > 500
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("change", [{}, dict(guided=True), dict(accumulate=2), dict(precision="fp32")])
+@pytest.mark.parametrize("change", STEPS)
 def test_a_graph_changes_nothing(change, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     config, device = dataclasses.replace(UNEVEN, **change), torch.device("cuda")
@@ -1309,6 +1382,25 @@ def test_no_part_of_a_step_waits_and_nothing_of_it_stays(change):
     # What led back to a parameter would hold the stream on which it was made.
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn is not None]
+
+
+@pytest.mark.parametrize("change", [{}, dict(guided=True, accumulate=2), dict(extrapolate="1", M=2, N=1)])
+def test_a_step_mixes_no_devices(change, monkeypatch):
+    """Of two devices, that of the numbers drawn and that of the networks, PyTorch lets no operation have both."""
+    monkeypatch.setattr(coco_gan, "mixed_precision", contextlib.nullcontext)
+    config, meta = dataclasses.replace(UNEVEN, **change), torch.device("meta")  # it has shapes, and no numbers
+    with meta:
+        state = coco_gan.new_state(config, meta)
+    images, rng = torch.zeros(6, config.height, config.width, 3, dtype=torch.uint8), torch.Generator()
+    batch = coco_gan.draw_batch(config, images, torch.arange(6), rng, meta, config.ring)
+    assert coco_gan.train_step(state, batch).device == meta
+    if any(config.ring):
+        coco_gan.step_beyond(state, batch)
+    assert coco_gan.full_image(state.G_average, torch.zeros(2, config.z_dim), ring=config.ring).device == meta
+    for name in vars(batch):
+        stray = dataclasses.replace(batch, **{name: torch.zeros(getattr(batch, name).shape)})
+        with pytest.raises(RuntimeError, match="device"):
+            coco_gan.train_step(state, stray)
 
 
 def test_a_graph_is_for_one_process_on_a_gpu(monkeypatch, capsys):
