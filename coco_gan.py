@@ -93,11 +93,7 @@ def _field(default, low, high, text):
 
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-TOPOLOGIES = {
-    "plane": (False, False),
-    "cylinder": (False, True),
-    "torus": (True, True),
-}  # closed down, across
+TOPOLOGIES = {"plane": (False, False), "cylinder": (False, True), "torus": (True, True)}  # closed?
 MOST_PATCHES = 2**24  # of an image: a Scene has a number for each
 
 
@@ -130,9 +126,7 @@ class Config:
     seed: int = _field(0, 0, 2**63 - 1, "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = _field("toy:faces", None, None, "folder or zip of photographs, toy:faces or toy:landscapes")
     crop: str = _field("center", None, None, "how a photograph gets its size: " + ", ".join(CROPS))
-    continuous: bool = _field(
-        False, None, None, "macro patches from any pixel on, not only from micro patches"
-    )
+    continuous: bool = _field(False, None, None, "macro patches from any pixel on, not only at micro patches")
     mirror: bool = _field(False, None, None, "mirror half of the real images")
     yaw: bool = _field(False, None, None, "turn each real image at random where its borders meet")
     holdout: int = _field(0, 0, 10**9, "images kept out of training, for evaluation")
@@ -171,6 +165,7 @@ class Config:
 # million steps of LSUN (appendix E) give the steps; the others are ours, and all of the last three presets.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
+PANORAMA = dict(topology="cylinder", data="toy:landscapes")
 PRESETS = {
     "celeba64": dict(batch_size=64, steps=350_000),
     "celeba128": dict(height=128, width=128, S=32, steps=180_000),
@@ -180,12 +175,10 @@ PRESETS = {
     "lsun64": dict(steps=1_000_000),
     "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
     "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
-    "panorama": dict(height=256, width=768, S=64, topology="cylinder", data="toy:landscapes"),
+    "panorama": dict(height=256, width=768, S=64, **PANORAMA),
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=7_500, **CPU),
-    "panorama-tiny": dict(
-        height=32, width=96, topology="cylinder", data="toy:landscapes", steps=8_000, **CPU
-    ),
+    "panorama-tiny": dict(height=32, width=96, steps=8_000, **PANORAMA, **CPU),
 }
 
 
@@ -204,10 +197,9 @@ def check_config(config: Config) -> None:
             raise UserError(f"--{side} {pixels} is not divisible by --S {S}; try --{side} {near}")
     for name, most, side in (("N", config.R, "height"), ("M", config.K, "width")):
         if getattr(config, name) > most:
-            found = (
-                f"--{name} {getattr(config, name)} does not fit: --{side} and --S give {most} micro patches"
-            )
-            raise UserError(f"{found}; try --{name} {most} or a smaller --S")
+            found = f"--{name} {getattr(config, name)} does not fit"
+            why = f"--{side} and --S give {most} micro patches"
+            raise UserError(f"{found}: {why}; try --{name} {most} or a smaller --S")
     if config.R * config.K > MOST_PATCHES:
         found = f"--S {config.S} cuts the image into {config.R * config.K} micro patches"
         raise UserError(f"{found}; give a larger --S, for at most {MOST_PATCHES}")
@@ -478,11 +470,8 @@ class Discriminator(nn.Module):
         while side >= 8:
             side, pools = (side + 1) // 2, pools + 1
         last = 8 * config.width_d
-        channels = [
-            3,
-            *[max(last >> b, config.width_d) for b in reversed(range(pools))],
-            last,
-        ]  # …, 1, 2, 4, 8, 8
+        channels = [max(last >> b, config.width_d) for b in reversed(range(pools))]
+        channels = [3, *channels, last]  # 3, …, 1, 2, 4, 8, 8
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(channels[b], channels[b + 1], first=b == 0, pool=b < pools)
             for b in range(pools + 1)
@@ -742,9 +731,7 @@ class State:
     opt_Q: torch.optim.Adam | None = None
     opt_G_beyond: torch.optim.Adam | None = None  # with --extrapolate (appendix E)
     opt_D_beyond: torch.optim.Adam | None = None
-    average_G: DistributedDataParallel | None = (
-        None  # of several processes, over which gradients are averaged
-    )
+    average_G: DistributedDataParallel | None = None  # the gradients, over several processes
     average_D: DistributedDataParallel | None = None
 
 
@@ -853,9 +840,8 @@ def draw_batch(config: Config, images, numbers, rng, device, ring: tuple[int, in
         down, across = config.closed
         top = top + torch.randint(config.height, (B,), generator=rng) * down
         left = left + torch.randint(config.width, (B,), generator=rng) * across
-    places = (
-        [i, j, *(pixels / config.S for pixels in draw_places(config, rng, ring))] if any(ring) else [i, j]
-    )
+    beyond = draw_places(config, rng, ring) if any(ring) else []
+    places = [i, j, *(pixels / config.S for pixels in beyond)]
 
     rank, count = processes()
     mine = (t.chunk(count)[rank] for t in (index, top, left, mirror, z, epsilon, *places))
@@ -909,9 +895,8 @@ def discriminator_step(state: State, parts, generated, *optimizers) -> torch.Ten
         L_S = spatial_consistency(batch.c_macro, functional_call(state.A, A_sn, (h[:B],)))
         loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S
         if config.guided:
-            loss = loss + config.alpha_q * content_consistency(
-                batch.z, functional_call(state.Q, *Q_sn, (h[B:],))
-            )
+            L_Q = content_consistency(batch.z, functional_call(state.Q, *Q_sn, (h[B:],)))
+            loss = loss + config.alpha_q * L_Q
         return loss, L_W, L_GP, norm, L_S
 
     return descend(losses, len(parts), optimizers, state.average_D)
@@ -1017,9 +1002,8 @@ def graphed(state: State):
                     raise
                 except RuntimeError as error:  # after which nothing on the GPU can be relied on
                     why = str(error.__context__ or error).strip().splitlines()[0]
-                    raise UserError(
-                        f"--graph: a step makes no CUDA graph here ({why}); leave it out"
-                    ) from error
+                    text = f"--graph: a step makes no CUDA graph here ({why}); leave it out"
+                    raise UserError(text) from error
             torch._foreach_copy_(recorded[0], inputs)
             graph.replay()
             losses = recorded[1].clone()
@@ -1371,9 +1355,8 @@ def new_run(wanted: str | None, preset: str) -> Path:
             names = [path.name for path in run.iterdir() if not path.name.startswith(".")]
             # A run that ended before its first checkpoint has nothing to lose, and begins again.
             if names and ("config.json" not in names or any(run.glob("*.pt"))):
-                hint = (
-                    f"go on with it by --resume {run}" if checkpoints(run) else "name a new or empty folder"
-                )
+                again = f"go on with it by --resume {run}"
+                hint = again if checkpoints(run) else "name a new or empty folder"
                 raise UserError(f"--run {run} is not empty; {hint}")
         return run
     for number in itertools.count(1):
@@ -1457,9 +1440,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) // 2**20
     if resource is None:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def tensorboard(run: Path, step: int):
@@ -1693,10 +1675,8 @@ def strips(G: Generator, z: torch.Tensor, columns: int, turns: int = 1, batch_si
     down, across = (turns if closed else 1 for closed in G.config.closed)
     for first in range(0, len(z), columns):
         for i in [*range(G.config.R)] * down:
-            row = np.tile(
-                to_uint8(image_row(G, z[first : first + columns], i, batch_size)), (1, 1, across, 1)
-            )
-            strip = grid(row, columns)  # (S, w, 3)
+            row = to_uint8(image_row(G, z[first : first + columns], i, batch_size))
+            strip = grid(np.tile(row, (1, 1, across, 1)), columns)  # (S, w, 3)
             yield strip
         if first + columns < len(z):
             yield np.full_like(strip[:2], 255)
@@ -1707,10 +1687,8 @@ def azimuth_variety(images: np.ndarray, S: int) -> float:
 
     Args: images (n, H, W, 3) uint8. It is 0 if G ignores the azimuth; compare with that of real images.
     """
-    turns = range(S, images.shape[2], S)
-    return float(
-        np.mean([np.abs(x - np.int16(np.roll(x, turn, axis=1))).mean() for x in images for turn in turns])
-    )
+    pairs = itertools.product(images, range(S, images.shape[2], S))
+    return float(np.mean([np.abs(x - np.int16(np.roll(x, turn, axis=1))).mean() for x, turn in pairs]))
 
 
 def figure_3(G: Generator, z: torch.Tensor, batch_size: int | None = None) -> np.ndarray:
@@ -1774,9 +1752,7 @@ def save_png(parts, path: Path) -> None:
                     above = np.zeros((1, 3 * w), np.uint8)
                     header(w)
                 lines = np.concatenate([above, part.reshape(h, 3 * w)])
-                filtered = np.full(
-                    (h, 1 + 3 * w), 2, np.uint8
-                )  # 2: what follows is what the line above lacks
+                filtered = np.full((h, 1 + 3 * w), 2, np.uint8)  # 2: the rest is the change from above
                 np.subtract(lines[1:], lines[:-1], out=filtered[:, 1:])
                 chunk(b"IDAT", packer.compress(filtered.data))
                 height, above = height + h, lines[-1:]
@@ -1840,9 +1816,8 @@ def train(args: argparse.Namespace) -> int:
         if contents is not None:
             restore(state, contents, path, anew=() if args.source is None else BEYOND)
             if highest(state.step) != -highest(-state.step):
-                raise UserError(
-                    "the processes found checkpoints of different steps; start this command again"
-                )
+                why = "the processes found checkpoints of different steps"
+                raise UserError(f"{why}; start this command again")
         if writes():
             forget_log_after(run, state.step)
         del contents
@@ -1936,7 +1911,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
     z_shown = latents(range(24), config.z_dim)
-    measure = evaluation(state.G_average, stored, args.eval_count)
+    measure, eval_every = evaluation(state.G_average, stored, args.eval_count), args.eval_every or EVAL_EVERY
     # What the best checkpoint is chosen by: post-training may get worse again (appendix E).
     figure, sample_every = ("ring_seam", 100) if any(config.ring) else ("swd", 1000)
     sample_every = args.sample_every or sample_every
@@ -1983,9 +1958,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             drawing, logging, saving = (
                 last or state.step % every == 0 for every in (sample_every, args.log_every, args.save_every)
             )
-            measuring = (
-                measure is not None and not stopped and state.step % (args.eval_every or EVAL_EVERY) == 0
-            )
+            measuring = measure is not None and not stopped and state.step % eval_every == 0
             if not (drawing or logging or saving or measuring):
                 continue
             # Only from here on a GPU is waited for.
@@ -2132,11 +2105,8 @@ def dry_run(config: Config) -> int:
     # Weights, gradients, Adam's two averages and G's average; and what the layers give, G's once, D's for x',
     # s', ŝ' and, twice more, for the gradient at ŝ': within a fifth of what a step was measured to hold.
     fixed = 4 * (4 * sum(parameters.values()) + parameters["G"])
-    passes = (
-        config.batch_size
-        / (world() * config.accumulate)
-        * (config.N * config.M * values["G"] + 5 * values["D"])
-    )
+    part = config.batch_size / (world() * config.accumulate)
+    passes = part * (config.N * config.M * values["G"] + 5 * values["D"])
     megabytes = (fixed + 4 * passes) / 2**20
     print(f"  memory: about {megabytes:,.0f} MB in float32, and the images and PyTorch itself")
     return 0
@@ -2178,12 +2148,8 @@ def sample(args: argparse.Namespace) -> int:
         print(f"warning: {path} was post-trained for {trained}; the borders beyond may show", file=sys.stderr)
 
     down, across = (args.turns if closed else 1 for closed in config.closed)
-    height, width = (
-        config.height * down + 2 * ring[0] * config.S,
-        config.width * across + 2 * ring[1] * config.S,
-    )
-    if window:
-        height, width = window[2:]
+    height, width = window[2:] if window else (config.height * down, config.width * across)
+    height, width = height + 2 * ring[0] * config.S, width + 2 * ring[1] * config.S
 
     def draw(z: torch.Tensor, names: list[Path]) -> None:
         """One picture of all, or one of each."""
@@ -2207,12 +2173,10 @@ def sample(args: argparse.Namespace) -> int:
             save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), names[0])
 
     together = max(1, 2**20 // (height * width)) if folder else len(z)
-    advice = (
-        f"memory of {device} is full; try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
-    )
+    advice = f"try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
     if args.checkpoint is None and path.parent != ASSETS:
         print(f"from {path}", file=sys.stderr)
-    with writing("--out", out), memory(advice):
+    with writing("--out", out), memory(f"memory of {device} is full; {advice}"):
         names[0].parent.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(z), together):
             draw(z[first : first + together], names[first : first + together])
@@ -2225,9 +2189,8 @@ def parse_viewport(text: str | None, config: Config, count: int) -> tuple[int, .
     if text is None:
         return None
     if not re.fullmatch(r"-?\d{1,9},-?\d{1,9},\d{1,9},\d{1,9}", text):
-        raise UserError(
-            f"--viewport {text} is no rectangle; give top,left,height,width in pixels, like 0,0,64,64"
-        )
+        hint = "give top,left,height,width in pixels, like 0,0,64,64"
+        raise UserError(f"--viewport {text} is no rectangle; {hint}")
     top, left, height, width = window = tuple(map(int, text.split(",")))
     if not (0 < height <= 65536 and 0 < width <= 65536 and count * height * width <= 2**26):
         found = f"--viewport {text} is {width} x {height} pixels of {count} images"
@@ -2302,9 +2265,8 @@ def build_parser() -> Parser:
     train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
     add = train_parser.add_argument
     add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: by device and data)")
-    add(
-        "--panorama", action="store_true", help="train on a cylinder: preset panorama, panorama-tiny on a CPU"
-    )
+    text = "train on a cylinder: preset panorama, panorama-tiny on a CPU"
+    add("--panorama", action="store_true", help=text)
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest)")
     add("--from", dest="source", metavar="RUN", help="post-train what a run has learned, with --extrapolate")
@@ -2316,67 +2278,41 @@ def build_parser() -> Parser:
     add("--log-every", type=positive, default=100, metavar="N", help="steps between lines (default: 100)")
     text = "steps between pictures (default: 1000, of post-training 100)"
     add("--sample-every", type=positive, metavar="N", help=text)
-    add(
-        "--save-every",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="steps between checkpoints (default: 1000)",
-    )
+    text = "steps between checkpoints (default: 1000)"
+    add("--save-every", type=positive, default=1000, metavar="N", help=text)
     add("--keep", type=positive, default=2, metavar="K", help="newest checkpoints to keep (default: 2)")
-    add(
-        "--eval-every",
-        type=positive,
-        metavar="N",
-        help=f"steps between measurements of the distance to real images (default: {EVAL_EVERY})",
-    )
-    add(
-        "--eval-count",
-        type=positive,
-        default=2048,
-        metavar="M",
-        help="images that are compared then (default: 2048, of large ones fewer)",
-    )
-    add("--graph", action="store_true", help="on a GPU, run a step as one CUDA graph")
+    text = f"steps between measurements of the distance to real images (default: {EVAL_EVERY})"
+    add("--eval-every", type=positive, metavar="N", help=text)
+    text = "images that are compared then (default: 2048, of large ones fewer)"
+    add("--eval-count", type=positive, default=2048, metavar="M", help=text)
+    text = "on a GPU, run a step as one CUDA graph (default: --no-graph)"
+    add("--graph", action=argparse.BooleanOptionalAction, default=False, help=text)
     add("--dry-run", action="store_true", help="print the configuration, layers and memory, and end")
     text = "configuration: the defaults are the paper's where it gives one; presets change some"
     add = train_parser.add_argument_group(text).add_argument
     for field in dataclasses.fields(Config):
-        kind = {"int": int, "float": float, "str": str, "bool": None}[field.type]
-        options = (
-            dict(action=argparse.BooleanOptionalAction)
-            if kind is None
-            else dict(type=kind, metavar=field.type)
-        )
+        options = dict(action=argparse.BooleanOptionalAction)
+        if field.type != "bool":
+            options = dict(type={"int": int, "float": float, "str": str}[field.type], metavar=field.type)
         text = f"{field.metadata['help']} (default: {field.default})"
         add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
 
     sample_parser = commands.add_parser("sample", help="draw from a trained model", allow_abbrev=False)
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to sample from (default: the newest under runs/)")
-    add(
-        "--panorama", action="store_true", help="take the newest checkpoint of a cylinder, and draw one image"
-    )
+    text = "take the newest checkpoint of a cylinder, and draw one image"
+    add("--panorama", action="store_true", help=text)
     add("--count", type=positive, metavar="N", help="how many images, from the one --seed on (default: 16)")
     add("--seed", metavar="LIST", help="which images, like 0,1,4-6 (default: from 0 on)")
-    add(
-        "--out",
-        metavar="FILE|DIR",
-        help="a picture, or a folder for one picture a seed (default: in the run)",
-    )
+    text = "a picture, or a folder for one picture a seed (default: in the run)"
+    add("--out", metavar="FILE|DIR", help=text)
     add("--patches", action="store_true", help="also draw macro and micro patches, as figure 3 does")
-    add(
-        "--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet (default: 1)"
-    )
-    add(
-        "--extrapolate",
-        default="0",
-        metavar="N",
-        help="also draw so many micro patches beyond the borders, of the image framed in red; 1,0: only down",
-    )
-    add(
-        "--viewport", metavar="TOP,LEFT,HEIGHT,WIDTH", help="generate only this part of the images, in pixels"
-    )
+    text = "repeat images whose borders meet (default: 1)"
+    add("--turns", type=positive, default=1, metavar="N", help=text)
+    text = "also draw so many micro patches beyond the borders, of the image framed in red; 1,0: only down"
+    add("--extrapolate", default="0", metavar="N", help=text)
+    text = "generate only this part of the images, in pixels"
+    add("--viewport", metavar="TOP,LEFT,HEIGHT,WIDTH", help=text)
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")
     add("--force", action="store_true", help="replace pictures that exist")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
