@@ -585,8 +585,8 @@ def joined(device: str):
     except RuntimeError as error:
         if not re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
             raise
-        ended = f"another process has ended, or cannot be reached ({str(error).splitlines()[0][:200]})"
-        raise UserError(f"{ended}; what was saved is whole: --resume goes on with a run") from error
+        ended = "another process has ended, or cannot be reached"
+        raise UserError(f"{ended}; what was saved is whole, and --resume goes on with it") from error
     else:  # only then, for it waits for what the others have begun
         dist.destroy_process_group()
 
@@ -1220,8 +1220,8 @@ def check_archive(file) -> None:
     It looks at no checksum, unpacks what is packed, and a pickle of 30 bytes has it fill the memory with a
     bytearray.
     """
-    if file.read(4) != b"PK\3\4":
-        raise pickle.UnpicklingError
+    if (head := file.read(4)) != b"PK\3\4":
+        raise pickle.UnpicklingError if head else EOFError
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
@@ -1651,7 +1651,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 def grid_columns(count: int, height: int, width: int) -> int:
     """Into how many columns to lay out a picture of so many images, so that it is about a square."""
-    return min(count, max(1, round(math.sqrt(count * height / width))))
+    columns = min(count, max(1, round(math.sqrt(count * height / width))))
+    return columns if count % columns == 0 or count % (columns + 1) else columns + 1  # if that leaves no gap
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -1788,6 +1789,8 @@ def train(args: argparse.Namespace) -> int:
     check_panorama(args, config, "this run")
     if args.eval_every is not None and (why := evaluation_needs(config)):
         raise UserError(f"--eval-every {args.eval_every} needs {why}; leave it out")
+    if args.eval_count < 2:
+        raise UserError(f"--eval-count {args.eval_count} leaves nothing to compare; give 2 or more")
     check_shares(config, contents is not None)
     if args.dry_run:
         return dry_run(config)
@@ -1888,7 +1891,8 @@ def trained_before(args: argparse.Namespace, given: dict) -> tuple[Path, dict, C
     if not resuming and not any(config.ring):
         raise UserError(f"--extrapolate {config.extrapolate} adds nothing to train; give 1 or more")
     if contents["step"] >= config.steps:
-        raise UserError(f"{path} has done {contents['step']} steps already; give more by --steps to go on")
+        done = f"has done {contents['step']} steps already"
+        raise UserError(f"{path} {done}; --steps counts them too: give more than that")
     return path, contents, config
 
 
@@ -2124,7 +2128,8 @@ def sample(args: argparse.Namespace) -> int:
         other = "--viewport or --turns" if not folder else f"a folder; give --out a file, not {out}"
         raise UserError(f"--patches draws one picture of its own, and cannot go with {other}")
     if not folder and out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out {out} is no picture's name; end it in .png, .jpg or .webp, or name a folder")
+        hint = "end it in .png, .jpg or .webp, or that of a folder in /"
+        raise UserError(f"--out {out} is no picture's name; {hint}")
     names = [out / f"seed-{seed:06d}.png" for seed in seeds] if folder else [out]
     taken = [name for name in names if os.path.exists(name)]
     if taken and not args.force:
@@ -2251,6 +2256,34 @@ class Parser(argparse.ArgumentParser):
             message += " (after = where it begins with a minus)"
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args=None, namespace=None):  # by which each command parses its own
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(f"{unknown[0]} is unknown{nearest(unknown[0], self._option_string_actions)}")
+        return namespace, unknown
+
+
+def nearest(word: str, words) -> str:
+    close = difflib.get_close_matches(word, words, 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def run_command(parser: Parser, act, argv: list[str] | None, mistakes=UserError) -> int:
+    """act(arguments); returns the exit status: what that does or 0, 2 for a mistake, or 128 + signal."""
+    print_all_names()
+    try:
+        status = act(parser.parse_args(argv)) or 0
+        sys.stdout.flush()
+        return status
+    except mistakes as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # in training, only outside of the steps, where there is nothing to save
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads what is printed
+        speak_to_nobody()
+        return 128 + 13  # SIGPIPE, which Windows does not have
+
 
 def positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
@@ -2314,41 +2347,22 @@ def build_parser() -> Parser:
     text = "generate only this part of the images, in pixels"
     add("--viewport", metavar="TOP,LEFT,HEIGHT,WIDTH", help=text)
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")
-    add("--force", action="store_true", help="replace pictures that exist")
+    add("--force", action="store_true", help="replace what --out names if it exists")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     text = "kernels of CBN, φ and ψ: auto, torch or triton (default: auto, triton on a GPU)"
     add("--impl", default="auto", help=text)
     add("--batch-size", type=positive, metavar="B", help="micro patches at a time (default: by their size)")
-
-    parser.flags = {name: sub._option_string_actions for name, sub in commands.choices.items()}
     return parser
 
 
-def nearest(word: str, words) -> str:
-    close = difflib.get_close_matches(word, words, 1)
-    return f", did you mean {close[0]}?" if close else ""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
-    print_all_names()
-    parser = build_parser()
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise UserError(f"{unknown[0]} is unknown{nearest(unknown[0], parser.flags[args.command])}")
+    """Run a command; returns the exit status, see `run_command`."""
+
+    def act(args: argparse.Namespace) -> int:
         with joined(args.device):
-            status = train(args) if args.command == "train" else sample(args)
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # outside of the steps, where there is nothing to save
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # nobody reads what is printed
-        speak_to_nobody()
-        return 128 + 13  # SIGPIPE, which Windows does not have
+            return train(args) if args.command == "train" else sample(args)
+
+    return run_command(build_parser(), act, argv)
 
 
 if __name__ == "__main__":

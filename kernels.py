@@ -841,7 +841,8 @@ def main() -> None:
     verify("cuda" if gpu else "cpu", impl, SMALL + (LAYERS if gpu else ()))
     print({"triton": "the kernels agree", "torch": "the PyTorch references agree"}[impl] + " with float64")
     if not gpu:
-        print(f"there is no GPU{'' if triton else ', and no Triton'} here, so nothing is timed")
+        nothing = "nothing is timed" + (f", and {args.json} is not written" if args.json else "")
+        print(f"there is no GPU{'' if triton else ', and no Triton'} here, so {nothing}")
         return
     about = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
     about |= dict(cuda=torch.version.cuda, date=datetime.date.today().isoformat(), command=" ".join(sys.argv))
@@ -857,4 +858,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -979,7 +979,7 @@ def test_the_best_goes_on_as_the_message_says(here, capsys):
 def test_resume_takes_more_steps_and_nothing_else(copied, capsys):
     assert coco_gan.main(["train", "--resume", "run"]) == 2
     assert (
-        "run/checkpoint-000000004.pt has done 4 steps already; give more by --steps"
+        "run/checkpoint-000000004.pt has done 4 steps already; --steps counts them too: give more than that"
         in capsys.readouterr().err
     )
     assert coco_gan.main(["train", "--resume", "run", "--lr-g", "0.5"]) == 2
@@ -1386,9 +1386,9 @@ def test_no_part_of_a_step_waits_and_nothing_of_it_stays(change):
 
 @pytest.mark.parametrize("change", [{}, dict(guided=True, accumulate=2), dict(extrapolate="1", M=2, N=1)])
 def test_a_step_mixes_no_devices(change, monkeypatch):
-    """Of two devices, that of the numbers drawn and that of the networks, PyTorch lets no operation have both."""
+    """PyTorch lets no operation have tensors of two devices: where numbers are drawn, where networks are."""
     monkeypatch.setattr(coco_gan, "mixed_precision", contextlib.nullcontext)
-    config, meta = dataclasses.replace(UNEVEN, **change), torch.device("meta")  # it has shapes, and no numbers
+    config, meta = dataclasses.replace(UNEVEN, **change), torch.device("meta")  # of shapes alone
     with meta:
         state = coco_gan.new_state(config, meta)
     images, rng = torch.zeros(6, config.height, config.width, 3, dtype=torch.uint8), torch.Generator()
@@ -1669,7 +1669,7 @@ def test_a_signal_to_one_process_ends_the_other(number, copied):
         assert outputs[0][1] == outputs[1][1] == outputs[1][0] == ""
     else:
         assert started[0].returncode == 2
-        assert outputs[0][1].startswith("error: another process has ended, or cannot be reached (")
+        assert outputs[0][1].startswith("error: another process has ended, or cannot be reached; ")
         assert outputs[0][1].count("\n") == 1
 
 
@@ -3598,7 +3598,7 @@ BAD_COMMANDS = [
         "--from begins a new run and --resume goes on with one",
     ),
     ("train --from run --extrapolate 1 --run run", "--run run is not empty"),
-    ("train --from run --extrapolate 1 --steps 4", "has done 4 steps already; give more by --steps"),
+    ("train --from run --extrapolate 1 --steps 4", "has done 4 steps already; --steps counts them too"),
     ("train --from run --extrapolate 1 --preset tiny", "--preset cannot be given with --from"),
     (
         "train --from run --extrapolate 1 --lr-g 1",

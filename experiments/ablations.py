@@ -57,13 +57,14 @@ from coco_gan import (
     positive,
     precision_of,
     release_pages,
+    run_command,
     save_picture,
     split,
     to_uint8,
     train_step,
     writing,
 )
-from data import CROPS, UserError, load_images, print_all_names
+from data import CROPS, UserError, load_images
 from experiments.evaluate import choose_real, write
 from experiments.metrics import MOST_IMAGES, in_training
 
@@ -440,8 +441,7 @@ def ablations(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for a mistake of the user's, 130 if interrupted."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     parser = Parser(prog="python -m experiments.ablations", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--steps", type=positive, default=2000, metavar="N", help="of training each variant (default: 2000)")
@@ -457,17 +457,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", action="store_true", help="only print the table of what there is by now")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
-    args = None
-    try:
-        args = parser.parse_args(argv)
-        ablations(args)
-    except ValueError as error:  # UserError is one; the others are metrics.py's, of images it cannot compare
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what {args.json} lacks" if args else "interrupted")
-        return 130
-    return 0
+
+    def act(args: argparse.Namespace) -> None:
+        try:
+            ablations(args)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on with what {args.json} lacks")
+            raise
+
+    # UserError is a ValueError; the others are metrics.py's, of images that it cannot compare.
+    return run_command(parser, act, argv, ValueError)
 
 
 if __name__ == "__main__":

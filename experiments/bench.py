@@ -41,6 +41,7 @@ from coco_gan import (
     new_state,
     positive,
     precision_of,
+    run_command,
     train_step,
 )
 from data import UserError
@@ -262,10 +263,9 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
-    parser = Parser(
-        prog="python -m experiments.bench", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    """Run the command; returns the exit status, see `run_command`."""
+    name, text = "python -m experiments.bench", __doc__.splitlines()[0]
+    parser = Parser(prog=name, description=text, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", metavar="NAME", help="default: celeba128 on a GPU, tiny on a CPU")
     add("--batch-size", type=positive, metavar="B", help="macro patches a step (default: the preset's)")
@@ -273,13 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", metavar="FILE", help="also write all figures to a file")
     add("--force", action="store_true", help="replace a file that exists")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    given = " ".join(sys.argv[1:] if argv is None else argv)
-    try:
-        bench(parser.parse_args(argv, argparse.Namespace(given=given)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.set_defaults(given=" ".join(sys.argv[1:] if argv is None else argv))
+    return run_command(parser, bench, argv)
 
 
 if __name__ == "__main__":

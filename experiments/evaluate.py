@@ -39,17 +39,18 @@ from coco_gan import (
     load,
     load_once,
     read_checkpoint,
+    run_command,
     split,
     to_uint8,
     write_whole,
     writes,
     writing,
 )
-from data import UserError, print_all_names, release_pages
+from data import UserError, release_pages
 from experiments import metrics
 from experiments.metrics import MOST_FEATURES, MOST_IMAGES, column_seams, seam_ratio, sliced_wasserstein
 
-RELIABLE_COUNT = 2048
+RELIABLE_COUNT = 2000
 # SHA-256 of NVIDIA's inception-2015-12-05.pt; what another network gives is no FID or KID as published.
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 ABOUT = {"network": str, "sha256": str, "images": str, "count": int, "height": int, "width": int}
@@ -302,8 +303,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     parser = Parser(prog="python -m experiments.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to evaluate (default: the newest under runs/)")
@@ -320,16 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     add("--seed", type=int, default=0, help="of the latents and the measurements (default: 0)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
-    try:
-        args = parser.parse_args(argv)
+
+    def act(args: argparse.Namespace) -> None:
         with joined(args.device):
             evaluate(args)
-    except ValueError as error:  # UserError is one; the others are metrics.py's, of images it cannot compare
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    # UserError is a ValueError; the others are metrics.py's, of images that it cannot compare.
+    return run_command(parser, act, argv, ValueError)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coco_gan import Generator, Parser, find_checkpoint, load, memory, read_checkpoint, writing
-from data import UserError, print_all_names
+from coco_gan import Generator, Parser, find_checkpoint, load, memory, read_checkpoint, run_command, writing
+from data import UserError
 
 KEPT = ("format", "config", "step", "images", "G_average")
 ENDINGS = (".pt", ".pt2", ".npz", ".onnx")
@@ -82,20 +82,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     parser = Parser(prog="python -m experiments.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="what to take them from (default: the newest under runs/)")
     add("--panorama", action="store_true", help="take the newest checkpoint of a cylinder")
     add("--out", required=True, metavar="FILE", help=f"where to, ending in {', '.join(ENDINGS)}")
     add("--force", action="store_true", help="replace a file that exists")
-    try:
-        export(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, export, argv)
 
 
 if __name__ == "__main__":

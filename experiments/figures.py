@@ -17,7 +17,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -56,11 +55,12 @@ from coco_gan import (
     parse_seeds,
     picture_folder,
     read_checkpoint,
+    run_command,
     save_picture,
     to_uint8,
     writing,
 )
-from data import ENDINGS, UserError, decode_image, print_all_names, read_file, read_rgb, reason_of
+from data import ENDINGS, UserError, decode_image, read_file, read_rgb, reason_of
 from experiments.view import save_animation
 
 MOST_PIXELS = 2**26  # of a figure, about: all of it is in memory
@@ -145,7 +145,7 @@ def load_judge(path: Path, G: Generator) -> tuple[Discriminator, Head, Head]:
     contents, config = read_checkpoint(path)
     if not config.guided:
         why = "was trained without the head Q, which guides"
-        raise UserError(f"{path} {why}; train with: python coco_gan.py train --guided")
+        raise UserError(f"{path} {why}; name a run of train --guided by --checkpoint")
     if "Q" not in contents:
         raise UserError(f"{path} holds averaged weights only; give the run that it was taken from")
     D = Discriminator(config)
@@ -498,7 +498,7 @@ def figure(args: argparse.Namespace) -> None:
     for name, low, high in (("steps", 2, 1000), ("refine", 0, 10_000)):
         if name in args and not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)} is out of range; give {low} to {high}")
-    device, animated = choose_device(args.device), getattr(args, "gif", None)
+    device, animated, newest = choose_device(args.device), getattr(args, "gif", None), args.checkpoint is None
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     torch.backends.cudnn.deterministic = True  # nor on chance, as that of its gradients may, for --refine
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
@@ -521,12 +521,13 @@ def figure(args: argparse.Namespace) -> None:
             raise UserError(f"{found}; give another ending, or a smaller figure")
         out.parent.mkdir(parents=True, exist_ok=True)
         (save_animation if animated else save_picture)(picture, out)
+    if newest:
+        print(f"from {path}", file=sys.stderr)
     print(out)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     name = "python -m experiments.figures"
     parser = Parser(prog=name, description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -562,14 +563,7 @@ def main(argv: list[str] | None = None) -> int:
     add("photo", metavar="PHOTO", help="a photograph, or a folder of them")
     add("--at", metavar="TOP,LEFT", help="where its patch is taken, in pixels (default: in the middle)")
     add("--refine", type=int, default=0, metavar="N", help="steps that improve z on the pixels (default: 0)")
-    try:
-        figure(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return run_command(parser, figure, argv)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coco_gan import Parser, free_name, save_picture, writing
-from data import UserError, print_all_names
+from coco_gan import Parser, free_name, run_command, save_picture, writing
+from data import UserError
 
 # Title and what the log calls it, of one line a run; of a second one, dashed, the same two.
 PANELS = (
@@ -157,19 +157,13 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     parser = Parser(prog="python -m experiments.plot", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, with its log.jsonl")
     add("--out", metavar="FILE", help="a PNG (default: indicators.png … in the first run's folder)")
     add("--force", action="store_true", help="replace a picture that exists")
-    try:
-        plot(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, plot, argv)
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def test_the_file_has_each_pair_and_the_pictures(tiny, done):
     assert [results["full-g 0"][f"parameters_{net}"] for net in "GD"] == counts
     for name in ("coco-gan", "no-average", "full-g"):
         with Image.open(tiny / f"out-{name}-0.png") as picture:
-            assert picture.size == (5 * 18 - 2, 5 * 18 - 2)
+            assert picture.size == (6 * 18 - 2, 4 * 18 - 2)
 
 
 def test_figures_are_those_of_the_images_and_the_photographs(tiny, done):

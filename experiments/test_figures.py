@@ -58,7 +58,7 @@ def run(here, monkeypatch, capsys):
     def run(command, *arguments):
         status = figures.main([command, "--device", "cpu", *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
+        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from ")]
 
     return run
 
@@ -727,8 +727,8 @@ GUIDED_PLANE = "runs/guided-plane/checkpoint-000000000.pt"
     [
         (
             "photo.png --checkpoint runs/plane",
-            "runs/plane/checkpoint-000000000.pt was trained without the head Q, which guides; "
-            "train with: python coco_gan.py train --guided",
+            "runs/plane/checkpoint-000000000.pt was trained without the head Q, which guides; name a run "
+            "of train --guided by --checkpoint",
         ),
         ("photo.png --checkpoint exported.pt", "exported.pt holds averaged weights only; give the run that"),
         ("photo.png --checkpoint halved.pt", "halved.pt is damaged, or of another version ('A'); give"),
@@ -754,7 +754,7 @@ GUIDED_PLANE = "runs/guided-plane/checkpoint-000000000.pt"
         ),
         ("photo.png --refine -1", "--refine -1 is out of range; give 0 to 10000"),
         ("photo.png --refine 10001", "--refine 10001 is out of range; give 0 to 10000"),
-        ("photo.png --seed 1", "unrecognized arguments: --seed 1"),
+        ("photo.png --seed 1", "--seed is unknown"),
         ("", "the following arguments are required: PHOTO"),
         ("photo.png --out photo.png", "--out photo.png exists already; name another, or add --force"),
         (
@@ -843,6 +843,16 @@ def test_figures_lie_beside_the_newest_checkpoint_and_are_the_same_again(run, he
         assert np.array(first).shape != np.array(other).shape or command == "coordinates"
 
 
+def test_the_newest_checkpoint_is_named(here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    for more, told in (
+        ([], "from runs/plane/checkpoint-000000000.pt\n"),
+        (["--checkpoint", "runs/plane"], ""),
+    ):
+        assert figures.main(["coordinates", "--device", "cpu", *more]) == 0
+        assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("command", ["interpolate", "coordinates", "mix"])
 def test_flags_reach_the_picture(draw, command):
     picture = draw(command)
@@ -883,7 +893,7 @@ PLANE, NARROW = "runs/plane/checkpoint-000000000.pt", "runs/narrow/checkpoint-00
         ("interpolate --steps 1", "--steps 1 is out of range; give 2 to 1000"),
         ("coordinates --steps 1001", "--steps 1001 is out of range; give 2 to 1000"),
         ("coordinates --steps many", "argument --steps: invalid int value: 'many'"),
-        ("mix --steps 8", "unrecognized arguments: --steps 8"),
+        ("mix --steps 8", "--steps is unknown, did you mean --seed?"),
         (
             "interpolate --seed 1-88 --steps 1000",
             "--steps 1000 --seed 1-88 makes 67584000 pixels; give fewer",
@@ -914,7 +924,7 @@ PLANE, NARROW = "runs/plane/checkpoint-000000000.pt", "runs/narrow/checkpoint-00
             f"--panorama needs a cylinder, and {PLANE} is on a plane; leave out --panorama",
         ),
         ("interpolate --gif a.png", "--gif a.png has no known ending; give .gif, .webp"),
-        ("mix --gif a.gif", "unrecognized arguments: --gif a.gif"),
+        ("mix --gif a.gif", "--gif is unknown"),
         ("mix --out a.txt", "--out a.txt has no known ending; give .png, .jpg"),
         ("mix --out runs", "--out runs has no known ending; give .png, .jpg"),
         ("interpolate --out a.png --gif a.gif", "argument --gif: not allowed with argument --out"),
@@ -929,7 +939,7 @@ PLANE, NARROW = "runs/plane/checkpoint-000000000.pt", "runs/narrow/checkpoint-00
             "--out a.webp would be 17998 x 16 pixels, and .webp holds 16383 a side; give another ending, or",
         ),
         ("mix --device abacus", "--device abacus is unknown; give auto, cpu"),
-        ("mix --colour", "unrecognized arguments: --colour"),
+        ("mix --colour", "--colour is unknown"),
         ("guess", "argument command: invalid choice: 'guess'"),
     ],
 )

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 import time
 from functools import partial
@@ -35,12 +34,14 @@ from coco_gan import (
     load,
     memory,
     picture_folder,
+    run_command,
     save_picture,
     writing,
 )
-from data import UserError, print_all_names
+from data import UserError
 
 LONGEST_SIDE = 4096  # of a view, pixels
+FRAMES = 36
 MOST_PIXELS = 2**28  # of an animation, all of whose frames are in memory
 MILLISECONDS = 100  # that an animation shows each frame
 TURNS = 4  # that the benchmark takes, the first of them to warm up
@@ -145,9 +146,11 @@ def check(args: argparse.Namespace) -> tuple[int, int]:
     if not (1 <= width <= LONGEST_SIDE and 1 <= height <= LONGEST_SIDE):
         given = f"--size {args.size} is no size of a picture"
         raise UserError(f"{given}; give WIDTHxHEIGHT, each 1 to {LONGEST_SIDE} pixels, like 640x480")
-    if args.pan and args.frames * width * height > MOST_PIXELS:
+    if args.frames and not (args.pan or args.benchmark):
+        raise UserError(f"--frames {args.frames} is of a turn; add --pan or --benchmark, or leave it out")
+    if args.pan and (args.frames or FRAMES) * width * height > MOST_PIXELS:
         most = f"give at most {MOST_PIXELS // (width * height)} --frames, or a smaller --size"
-        raise UserError(f"--size {args.size} is too large for {args.frames} frames; {most}")
+        raise UserError(f"--size {args.size} is too large for {args.frames or FRAMES} frames; {most}")
     return height, width
 
 
@@ -162,7 +165,7 @@ def view(args: argparse.Namespace) -> None:
     if os.path.exists(out) and not args.force:
         raise UserError(f"{flag} {out} exists already; name another, or add --force to replace it")
     G = load(path, device, raw=args.raw)
-    config, frames, border = G.config, args.frames, args.latitude
+    config, frames, border = G.config, args.frames or FRAMES, args.latitude
     if config.topology != "cylinder":
         found = f"--checkpoint {path} is on a {config.topology}, and a view needs a cylinder's panorama"
         raise UserError(f"{found}; train one with: python coco_gan.py train --panorama")
@@ -186,12 +189,13 @@ def view(args: argparse.Namespace) -> None:
         else:
             save_picture(see(scene, args.yaw).cpu().numpy(), out)
     print(f"{scene.made} of {config.R * config.K} micro patches generated")
+    if args.checkpoint is None:
+        print(f"from {path}", file=sys.stderr)
     print(out)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for a mistake of the user's, or 128 + signal."""
-    print_all_names()
+    """Run the command; returns the exit status, see `run_command`."""
     text = f"{__doc__.splitlines()[0]} What lies beyond the panorama's latitudes is black."
     parser = Parser(prog="python -m experiments.view", description=text, allow_abbrev=False)
     add = parser.add_argument
@@ -209,18 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     add_one("--out", metavar="FILE", help="a picture (default: view.png, view-2.png … in the run)")
     add_one("--pan", metavar="FILE", help="a full turn instead, an animation: .gif or .webp")
     add_one("--benchmark", action="store_true", help="print how long views take, and write nothing")
-    add("--frames", type=int, default=36, metavar="N", help="views in a full turn, 2 to 360 (default: 36)")
+    add("--frames", type=int, metavar="N", help=f"views in a full turn, 2 to 360 (default: {FRAMES})")
     add("--force", action="store_true", help="replace a picture that exists")
     add("--raw", action="store_true", help="use G's weights themselves, not their running average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    try:
-        view(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return run_command(parser, view, argv)
 
 
 if __name__ == "__main__":
