@@ -93,7 +93,8 @@ def _field(default, low, high, text):
 
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-TOPOLOGIES = {"plane": (False, False), "cylinder": (False, True), "torus": (True, True)}  # closed?
+# Whether the rows of an image, and its columns, go on at their other end.
+TOPOLOGIES = {"plane": (False, False), "cylinder": (False, True), "torus": (True, True)}
 MOST_PATCHES = 2**24  # of an image: a Scene has a number for each
 
 
@@ -355,20 +356,20 @@ class GeneratorBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, condition: int, upscale: bool):
         super().__init__()
-        self.upscale = 2 if upscale else 1
+        self.upscale = upscale
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.cbn = ConditionalBatchNorm(c_out, condition)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, condition):  # (B, c_in, h, w) -> (B, c_out, 2h, 2w)
+    def forward(self, x, condition):  # (B, c_in, h, w) -> (B, c_out, 2h, 2w), or h, w without upscale
         h = self.conv1(self.up(F.relu(x)))
         h = self.conv2(self.cbn(h, condition, relu=True))
         # The figure upscales first; a 1 x 1 convolution gives the same before it, for a quarter of the work.
         return h + self.up(self.shortcut(x))
 
     def up(self, x):
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.upscale == 2 else x
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.upscale else x
 
 
 class Generator(nn.Module):
@@ -396,12 +397,13 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(channels[-1], 3, 3, padding=1)
         initialise(self)
 
-    def forward(self, z, c_micro):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]
+    def forward(self, z, c_micro, raw=False):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]; raw: in ℝ
         condition = torch.cat([z, c_micro], dim=1)
         x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=LAYOUT)
         for block in self.blocks:
             x = block(x, condition)
-        return torch.tanh(self.conv(F.relu(self.norm(x))).float())
+        x = self.conv(F.relu(self.norm(x)))
+        return x if raw else torch.tanh(x.float())
 
 
 class ReLU(torch.autograd.Function):
@@ -483,7 +485,7 @@ class Discriminator(nn.Module):
     def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, c_dim) -> (B,), (B, 8 · width_d)
         for block in self.blocks:
             x = block(x)
-        # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. h and the
+        # Deviation: the paper says "global pooling"; the sum, as in the projection discriminator. It and the
         # score ⟨linear, h⟩ + ⟨projection(c'), h⟩ are float32, for scores differ by little.
         h = ReLU.apply(x).float().sum(dim=(2, 3))
         return (h * (self.linear.weight + self.projection(c_macro))).sum(dim=1) + self.linear.bias, h
@@ -567,6 +569,30 @@ def writes() -> bool:
     return processes()[0] == 0
 
 
+def speak_to_nobody() -> None:
+    """Let what is printed from here on vanish: Python would fail at the end over what it could not flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if world() > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif world() > 1 and name != "cpu":
+        raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
+    kind, colon, number = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (colon and not (kind == "cuda" and re.fullmatch(r"\d{1,9}", number))):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
+    if int(number or 0) >= have[kind]:
+        raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
+    if kind == "cuda":
+        torch.cuda.set_device(int(number or 0))  # streams, graphs and Triton go by the current one
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would depend on how many patches go together
+    return torch.device(name)
+
+
 @contextlib.contextmanager
 def joined(device: str):
     """Work with the other processes that torchrun started, if it did; all print errors, one the rest."""
@@ -642,7 +668,7 @@ def gather(make, count: int) -> torch.Tensor:
 class Trained(nn.Module):
     """The parameters of networks, with their losses as forward pass: what DistributedDataParallel wants.
 
-    Without the buffers, which it would copy from one process to the others between forward and backward.
+    Without the buffers, which it would copy from the first process to the others.
     """
 
     def __init__(self, nets: list[nn.Module]):
@@ -695,17 +721,6 @@ def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) ->
     if norm.affine:
         y = y * norm.weight.view(like) + norm.bias.view(like)
     return y.to(x.dtype)
-
-
-def share_statistics(state: State) -> None:
-    """Give each process the mean of all running statistics, the only part in which their networks differ.
-
-    Running averages are linear in what they average: it is the same whether this is done now or later.
-    """
-    for net in (state.G_average, *networks(state)):
-        for name, buffer in net.named_buffers():
-            if "running" in name:
-                mean_of_all(buffer)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -765,6 +780,17 @@ def new_state(config: Config, device: torch.device) -> State:
 
 def networks(state: State) -> list[nn.Module]:
     return [net for net in (state.G, state.D, state.A, state.Q) if net is not None]
+
+
+def share_statistics(state: State) -> None:
+    """Give each process the mean of all running statistics, the only part in which their networks differ.
+
+    Running averages are linear in what they average: it is the same whether this is done now or later.
+    """
+    for net in (state.G_average, *networks(state)):
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                mean_of_all(buffer)
 
 
 @torch.no_grad()
@@ -858,8 +884,8 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     N, M = state.config.N, state.config.M
     with mixed_precision(state):
         z = batch.z.repeat_interleave(N * M, dim=0)  # (B·N·M, z_dim), one latent for all patches of a sample
-        s_micro = functional_call(state.G, parameters, (z, batch.c_micro))
-    return merge_patches(s_micro, N, M).contiguous(memory_format=LAYOUT)
+        x = functional_call(state.G, parameters, (z, batch.c_micro, True))  # before G's tanh, which φ takes
+    return merge_patches(x, N, M, tanh=True, dtype=z.dtype).contiguous(memory_format=LAYOUT)
 
 
 def generate_parts(state: State, parameters, batch: Batch) -> tuple[list[Batch], list[torch.Tensor]]:
@@ -998,10 +1024,11 @@ def graphed(state: State):
                 try:
                     with torch.cuda.graph(graph):
                         recorded = read_from, both_steps(state, Batch(*read_from[:-1]), read_from[-1])
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:  # after which nothing on the GPU can be relied on
-                    why = str(error.__context__ or error).strip().splitlines()[0]
+                    cause = error.__context__ or error  # to end a recording that failed may fail as well
+                    if isinstance(cause, torch.OutOfMemoryError):
+                        raise cause
+                    why = (str(cause).strip() or type(cause).__name__).splitlines()[0]
                     text = f"--graph: a step makes no CUDA graph here ({why}); leave it out"
                     raise UserError(text) from error
             torch._foreach_copy_(recorded[0], inputs)
@@ -1036,9 +1063,8 @@ def update_average(state: State, G_sn: dict[str, torch.Tensor], weight: float | 
 
     Deviation: the paper samples from G itself.
     """
-    now = {**G_sn, **dict(state.G.named_buffers())}
-    average = {**dict(state.G_average.named_parameters()), **dict(state.G_average.named_buffers())}
-    for name, tensor in average.items():
+    now = state.G.state_dict() | G_sn
+    for name, tensor in state.G_average.state_dict().items():  # of the same memory
         if tensor.is_floating_point():
             tensor.lerp_(now[name], weight)
         else:
@@ -1113,14 +1139,21 @@ def memory(advice: str):
         raise UserError(advice) from error
 
 
+@contextlib.contextmanager
+def whole(path: Path, temporary: str | None = None):
+    """A path to write to, which becomes the one given if the block ends well; else nothing is left of it."""
+    part = path.with_name(temporary or f".{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, contents: bytes) -> None:
     """Write a small file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_bytes(contents)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as part:
+        part.write_bytes(contents)
 
 
 def stateful(state: State) -> dict:
@@ -1143,18 +1176,13 @@ def write_checkpoint(state: State, path: Path, fingerprint: str) -> None:
     contents = {"format": FORMAT, "config": dataclasses.asdict(state.config), "step": state.step}
     contents |= {"images": fingerprint, "rng": state.rng.get_state()}
     contents |= {name: part.state_dict() for name, part in stateful(state).items()}
-    temporary = path.with_name("checkpoint.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(contents, file)
-            except RuntimeError as error:  # what a full disk becomes in PyTorch's own writer
-                raise OSError(str(error).splitlines()[0])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, "checkpoint.tmp") as part, open(part, "wb") as file:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # what a full disk becomes in PyTorch's own writer
+            raise OSError(str(error).splitlines()[0])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -1328,6 +1356,11 @@ def restore(state: State, contents: dict, path: Path, anew: tuple[str, ...] = ()
             if isinstance(part, torch.optim.Adam):  # its settings are the configuration's and the device's
                 saved = {"state": saved["state"], "param_groups": part.state_dict()["param_groups"]}
             part.load_state_dict(saved)
+            if isinstance(
+                part, torch.optim.Adam
+            ):  # in C, it takes for granted that they lie as the weights do
+                for p, kept in part.state.items():
+                    kept |= {k: torch.empty_like(p).copy_(kept[k]) for k in ("exp_avg", "exp_avg_sq")}
         state.rng.set_state(contents["rng"])
         state.step = contents["step"]
 
@@ -1427,11 +1460,6 @@ def log(state: State, means: torch.Tensor, seen: dict, seconds: float, steps: in
     if board is not None:
         for name in entry.keys() - {"step", "images", "seconds", "seconds_left"}:
             board.add_scalar(name, entry[name], state.step)
-
-
-def speak_to_nobody() -> None:
-    """Let what is printed from here on vanish: Python would fail at the end over what it could not flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1735,7 +1763,7 @@ def save_png(parts, path: Path) -> None:
         for _ in parts:
             pass
         return
-    temporary, height, above, packer = path.with_name(f".{path.name}"), 0, None, zlib.compressobj()
+    height, above, packer = 0, None, zlib.compressobj()
 
     def chunk(kind: bytes, data: bytes) -> None:
         file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
@@ -1745,24 +1773,20 @@ def save_png(parts, path: Path) -> None:
         file.write(b"\x89PNG\r\n\x1a\n")
         chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))  # 8 bits, RGB, not interlaced
 
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                h, w, _ = part.shape
-                if above is None:
-                    above = np.zeros((1, 3 * w), np.uint8)
-                    header(w)
-                lines = np.concatenate([above, part.reshape(h, 3 * w)])
-                filtered = np.full((h, 1 + 3 * w), 2, np.uint8)  # 2: the rest is the change from above
-                np.subtract(lines[1:], lines[:-1], out=filtered[:, 1:])
-                chunk(b"IDAT", packer.compress(filtered.data))
-                height, above = height + h, lines[-1:]
-            chunk(b"IDAT", packer.flush())
-            chunk(b"IEND", b"")
-            header(w)  # again, now that the height is known
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        for part in parts:
+            h, w, _ = part.shape
+            if above is None:
+                above = np.zeros((1, 3 * w), np.uint8)
+                header(w)
+            lines = np.concatenate([above, part.reshape(h, 3 * w)])
+            filtered = np.full((h, 1 + 3 * w), 2, np.uint8)  # 2: what follows is what the line above lacks
+            np.subtract(lines[1:], lines[:-1], out=filtered[:, 1:])
+            chunk(b"IDAT", packer.compress(filtered.data))
+            height, above = height + h, lines[-1:]
+        chunk(b"IDAT", packer.flush())
+        chunk(b"IEND", b"")
+        header(w)  # again, now that the height is known
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2038,25 +2062,6 @@ def evaluation(G: Generator, stored: np.ndarray, count: int):
     return measure
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if world() > 1 and name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    elif world() > 1 and name != "cpu":
-        raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
-    kind, colon, number = name.partition(":")
-    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (colon and not (kind == "cuda" and re.fullmatch(r"\d{1,9}", number))):
-        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
-    if int(number or 0) >= have[kind]:
-        raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
-    if kind == "cuda":
-        torch.cuda.set_device(int(number or 0))  # streams, graphs and Triton go by the current one
-    torch.backends.cudnn.allow_tf32 = False  # its rounding would depend on how many patches go together
-    return torch.device(name)
-
-
 def choose_preset(args: argparse.Namespace, device: torch.device, data: str) -> tuple[str, str]:
     """The preset's name, and why it is that one."""
     if args.preset is not None:
@@ -2065,11 +2070,8 @@ def choose_preset(args: argparse.Namespace, device: torch.device, data: str) -> 
             raise UserError(f"--preset {args.preset} is unknown{hint}; give {', '.join(PRESETS)}")
         return args.preset, "as asked"
     if args.panorama:
-        name = "panorama-tiny" if device.type == "cpu" else "panorama"
-        return (
-            name,
-            f"that of --panorama on {'a CPU' if device.type == 'cpu' else 'a GPU'}; --preset names another",
-        )
+        name, where = ("panorama-tiny", "a CPU") if device.type == "cpu" else ("panorama", "a GPU")
+        return name, f"that of --panorama on {where}; --preset names another"
     if device.type != "cpu":
         return "celeba64", "the default on a GPU; --preset names another"
     if data.startswith("toy:"):
@@ -2087,10 +2089,7 @@ def dry_run(config: Config) -> int:
         return lambda module, inputs, output: rows.append((name, type(module).__name__, output))
 
     with torch.device("meta"):  # shapes without memory
-        nets = dict(G=Generator(config), D=Discriminator(config))
-        nets["A"] = Head(nets["D"].linear.in_features, config.c_dim)
-        if config.guided:
-            nets["Q"] = Head(nets["D"].linear.in_features, config.z_dim)
+        nets = dict(zip("GDAQ", networks(new_state(config, torch.device("meta")))))
         for net_name, net in nets.items():
             for name, module in net.named_modules():
                 module.register_forward_hook(note(f"{net_name}.{name}".rstrip(".")))
@@ -2158,24 +2157,22 @@ def sample(args: argparse.Namespace) -> int:
 
     def draw(z: torch.Tensor, names: list[Path]) -> None:
         """One picture of all, or one of each."""
-        columns = grid_columns(len(z), height, width)
+        columns, png = grid_columns(len(z), height, width), names[0].suffix.lower() == ".png"
         if args.patches:
-            save_picture(figure_3(G, z, B), names[0])
-        elif window or any(ring) or len(names) > 1:
-            if any(ring):
-                images = ring_framed(to_uint8(full_image(G, z, B, ring)), config, ring)
-            elif window:
-                scenes = [Scene(G, one, B) for one in z.split(1)]
-                images = np.stack([scene.viewport(*window) for scene in scenes])
-                print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
-            else:
-                images = np.tile(to_uint8(full_image(G, z, B)), (1, down, across, 1))
-            for picture, name in zip(images if folder else [grid(images, columns)], names):
-                save_picture(picture, name)
-        elif names[0].suffix.lower() == ".png":
-            save_png(strips(G, z, columns, args.turns, B), names[0])
+            return save_picture(figure_3(G, z, B), names[0])
+        if any(ring):
+            images = ring_framed(to_uint8(full_image(G, z, B, ring)), config, ring)
+        elif window:
+            scenes = [Scene(G, one, B) for one in z.split(1)]
+            images = np.stack([scene.viewport(*window) for scene in scenes])
+            print(f"{scenes[0].made} of {config.R * config.K} micro patches generated")
+        elif len(names) > 1:
+            images = np.tile(to_uint8(full_image(G, z, B)), (1, down, across, 1))
         else:
-            save_picture(np.concatenate([*strips(G, z, columns, args.turns, B)]), names[0])
+            parts = strips(G, z, columns, args.turns, B)
+            return save_png(parts, names[0]) if png else save_picture(np.concatenate([*parts]), names[0])
+        for picture, name in zip(images if folder else [grid(images, columns)], names):
+            save_picture(picture, name)
 
     together = max(1, 2**20 // (height * width)) if folder else len(z)
     advice = f"try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"

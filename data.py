@@ -133,18 +133,11 @@ def load_images(
             count = toy_count
             blocks = ((block, len(block)) for block in TOYS[source](toy_count, height, width))
         else:
-            if os.path.isdir(source):
-                names = [line.rsplit(" ", 2)[0] for line in lines]
-
-                def read(name: str) -> bytes:
-                    return read_file(Path(source, name))
-            else:
-                names, read = _open_zip(source, stack)
+            folder = os.path.isdir(source)
+            names, read = _open_folder(source, lines) if folder else _open_zip(source, stack)
             if panorama and any(len(files) == 6 for _, files, _ in _places(sorted(names), "").values()):
-                hint = f"python data.py panorama {shlex.quote(source)} panoramas"
-                raise UserError(
-                    f"--data {source} holds faces of cube maps; make panoramas of them by: {hint}"
-                )
+                hint = f"make panoramas of them by: python data.py panorama {shlex.quote(source)} panoramas"
+                raise UserError(f"--data {source} holds faces of cube maps; {hint}")
             if not names:
                 raise UserError(f"--data {source} holds no image; looked for {' '.join(ENDINGS)} in any case")
             count, how = len(names), (height, width, crop, seed)
@@ -210,6 +203,11 @@ def _list_folder(root: str) -> list[str]:
     return sorted(lines)
 
 
+def _open_folder(root: str, lines: list[str]) -> tuple[list[str], Callable[[str], bytes]]:
+    """Return the names in the lines of `_list_folder`, and a function that reads one of them."""
+    return [line.rsplit(" ", 2)[0] for line in lines], lambda name: read_file(Path(root, name))
+
+
 def _open_zip(source: str, stack: contextlib.ExitStack) -> tuple[list[str], Callable[[str], bytes]]:
     """Return the names of all images in a zip, and a function that reads one of them in place."""
     try:
@@ -217,9 +215,8 @@ def _open_zip(source: str, stack: contextlib.ExitStack) -> tuple[list[str], Call
         # under one of several threads; a file handed to it stays open.
         archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open(source, "rb"))))
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--data {source} is no zip that can be read ({error}); give a folder or a zip"
-        ) from error
+        found = f"--data {source} is no zip that can be read ({error})"
+        raise UserError(f"{found}; give a folder or a zip") from error
     members = {
         info.filename: info  # where two have one name, the later replaces the earlier
         for info in archive.infolist()
@@ -593,10 +590,7 @@ def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], 
         raise UserError(f"DST {folder} and SRC {source} are one, or one is in the other; name another DST")
     with contextlib.ExitStack() as stack:
         if os.path.isdir(source):
-            names = [line.rsplit(" ", 2)[0] for line in _list_folder(source)]
-
-            def fetch(name: str) -> bytes:
-                return read_file(Path(source, name))
+            names, fetch = _open_folder(source, _list_folder(source))
         elif os.path.isfile(source):
             names, fetch = _open_zip(source, stack)
         else:
@@ -809,9 +803,7 @@ def _locate(cube: bool, side: int, direction: np.ndarray) -> tuple[np.ndarray, n
     return index.ravel(), *(x.ravel().astype(np.float32) for x in (row - top, column - left)), wide + 2
 
 
-def _interpolate(
-    pixels: np.ndarray, index: np.ndarray, down: np.ndarray, right: np.ndarray, length: int
-) -> np.ndarray:
+def _interpolate(pixels: np.ndarray, index, down, right, length: int) -> np.ndarray:
     weights = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
     places = (index, index + 1, index + length, index + length + 1)
     return np.stack([sum(channel[i] * w for i, w in zip(places, weights)) for channel in pixels])

@@ -167,6 +167,8 @@ def conditional_batch_norm(
     _check("beta", beta, (B, C), x.device, gamma.dtype)
     _check("running_mean", running_mean, (C,), x.device, work)
     _check("running_var", running_var, (C,), x.device, work)
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        raise ValueError("running_mean and running_var are written to; give them contiguous")
     if training and B * h * w < 2:
         raise ValueError(f"x has {B * h * w} values a channel; a variance, in training, needs two")
     function = _ConditionalBatchNorm.apply if use_triton and x.numel() else _conditional_batch_norm_torch
@@ -714,7 +716,7 @@ SMALL = (3, 65, 5, 7), (7, 5, 1, 1)
 def verify(device: str, impl: str, shapes: tuple = SMALL) -> None:
     """Compare outputs, gradients and running statistics with float64; AssertionError if any is off."""
 
-    def compare(function, tensors, dtype, **options):
+    def compare(function, tensors, dtype, /, **options):
         results = []
         for how, convert in ((impl, torch.Tensor.clone), ("torch", torch.Tensor.double)):
             inputs = [convert(t) for t in tensors]
@@ -726,7 +728,8 @@ def verify(device: str, impl: str, shapes: tuple = SMALL) -> None:
         for ours, true in zip(*results):
             error = (ours - true).abs().max() / (1 + true.abs().max()) / torch.finfo(dtype).eps
             name = f"{function.__name__}, {dtype}, {tuple(tensors[0].shape)}"
-            assert error < 64, f"{name}: wrong by {error:.1f} roundings of the largest value"
+            limit = 4 + tensors[0][0, 0].numel() / 16  # more for sums over more positions
+            assert error < limit, f"{name}: wrong by {error:.1f} roundings of the largest value"
 
     types = TYPES if impl == "triton" else TYPES[:1]  # PyTorch rounds on the way too
     rng = torch.Generator(device).manual_seed(0)  # the caller's stays as it is
@@ -734,13 +737,14 @@ def verify(device: str, impl: str, shapes: tuple = SMALL) -> None:
     for dtype in types:
         for (B, C, h, w), channels_last in itertools.product(shapes, (True, False)):
             form = dict(dtype=dtype, memory_format=_format(channels_last))
-            channels = noise(2, B, C)
+            kind = dtype if channels_last else torch.float32  # that of γ and β, with autocast and without
+            channels = noise(2, B, C).to(kind)
             running = torch.zeros(C, device=device), torch.ones(C, device=device)
             tensors = noise(B, C, h, w).to(**form), *channels, *running
             # Of millions of values some are so near 0 that rounding decides whether the ReLU lets them pass.
             compare(conditional_batch_norm, tensors, dtype, training=True, relu=B < 8)
             patches = noise(2 * 3 * B, 3, w, w).to(**form)
-            compare(merge_patches, (patches,), dtype, rows=2, columns=3, tanh=True)
+            compare(merge_patches, (patches,), dtype, rows=2, columns=3, tanh=True, dtype=torch.float32)
     images = torch.randint(256, (3, 17, 23, 3), dtype=torch.uint8, generator=rng, device=device)
     place = torch.tensor([[2, 0, 1], [-5, 3, 16], [22, -1, 7]], device=device)
     turn = torch.tensor([True, False, True], device=device)

@@ -823,6 +823,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(copied):
     assert logged == [2, 3, 4]  # what came after the checkpoint is forgotten and comes again
 
 
+def test_averages_of_adam_may_lie_otherwise_in_memory(copied):
+    """As in a file of another version; or all at one address, where Adam in C would write beyond it."""
+    before = only_checkpoint(copied, step=2)
+    path = copied / "checkpoint-000000002.pt"
+    contents = torch.load(path, weights_only=True)
+    for averages in contents["opt_G"]["state"].values():
+        averages["exp_avg_sq"] = averages["exp_avg_sq"].contiguous()
+        averages["exp_avg"] = torch.zeros(1).expand(averages["exp_avg"].shape)  # not used, for β1 is 0
+    torch.save(contents | {"more": torch.zeros(10**6)}, path)
+    assert coco_gan.main(["train", "--resume", "run", "--log-every", "1", "--workers", "1"]) == 0
+    assert_same(before, torch.load(copied / "checkpoint-000000004.pt", weights_only=True))
+
+
 def test_guided_runs_resume_bit_for_bit_and_log_l_q(here):
     command = ["train", "--run", "run", "--device", "cpu", "--save-every", "1", "--keep", "9", "--guided"]
     assert coco_gan.main([*command, *flags(UNEVEN)]) == 0
@@ -1334,13 +1347,11 @@ def test_a_graph_changes_nothing(change, monkeypatch):
 def test_a_step_that_makes_no_graph_is_told(full, monkeypatch):
     @contextlib.contextmanager
     def capture(graph):
+        full_or_not = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted\nhere")
         try:
-            raise (
-                torch.OutOfMemoryError("CUDA out of memory") if full else RuntimeError("not permitted\nhere")
-            )
+            raise full_or_not[not full]
         finally:
-            if not full:
-                raise RuntimeError("capture was invalidated")
+            raise RuntimeError("capture was invalidated")
         yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -3282,9 +3293,11 @@ def test_nothing_in_nothing_out():
         assert kernels.crop_patches(images, zero, zero, zero, 4, 4, impl=impl).shape == (0, 3, 4, 4)
 
 
-def norm(x=(2, 3, 4, 4), gamma=(2, 3), mean=(3,), dtype=FP32, dtype_gamma=FP32, device=GPU, **options):
+def norm(
+    x=(2, 3, 4, 4), gamma=(2, 3), mean=(3,), apart=1, dtype=FP32, dtype_gamma=FP32, device=GPU, **options
+):
     gamma = torch.ones(gamma, dtype=dtype_gamma, device=device)
-    stats = torch.ones(mean, device=GPU)
+    stats = torch.ones(*mean, apart, device=GPU)[:, 0]
     options = dict(training=True, impl="torch") | options
     return kernels.conditional_batch_norm(
         torch.ones(x, dtype=dtype, device=GPU), gamma, gamma, stats, stats, **options
@@ -3310,6 +3323,7 @@ def crop(
         (lambda: norm(gamma=(2, 4)), "gamma has the shape (2, 4); give (2, 3)"),
         (lambda: norm(gamma=(3,)), "gamma has the shape (3,); give (2, 3)"),
         (lambda: norm(mean=(2,)), "running_mean has the shape (2,); give (3,)"),
+        (lambda: norm(apart=2), "running_mean and running_var are written to; give them contiguous"),
         (lambda: norm(dtype=torch.int32), "x is torch.int32; give torch.float32 or torch.bfloat16 or"),
         (lambda: norm(dtype_gamma=BF16), "gamma is torch.bfloat16; give torch.float32"),
         (lambda: norm(device="meta"), "gamma is on meta; give it on"),
@@ -3399,6 +3413,27 @@ class Noted:
     def __getitem__(self, grid):
         self.used.append(self.name)
         return self.kernel[grid]
+
+
+@triton_only
+@pytest.mark.parametrize("name", ["_normalise_kernel", "_input_gradient_kernel", "_merge_patches_kernel"])
+def test_kernels_that_are_off_do_not_pass(name, monkeypatch):
+    """By a fifth, in bfloat16 alone: what a GPU is trained with is what is verified there."""
+    right = getattr(kernels, name)
+
+    class Off:
+        def __getitem__(self, grid):
+            return functools.partial(self.launch, grid)
+
+        def launch(self, grid, *args, **options):
+            right[grid](*args, **options)
+            if args[0].dtype is BF16:
+                args[2 if name == "_input_gradient_kernel" else 1].mul_(0.8)
+
+    kernels.verify(GPU, "triton", kernels.SMALL[:1])
+    monkeypatch.setattr(kernels, name, Off())
+    with pytest.raises(AssertionError, match="bfloat16.*wrong by"):
+        kernels.verify(GPU, "triton", kernels.SMALL[:1])
 
 
 def test_kernels_verify_themselves():

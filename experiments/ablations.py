@@ -91,13 +91,13 @@ class WholeGenerator(nn.Module):
         self.register_buffer("places", all_places(config))
         self.register_buffer("place", all_places(self.net.config))  # (1, c_dim)
 
-    def image(self, z):  # (B, z_dim) -> (B, 3, H, W) in [-1, 1]
-        return self.net(z, self.place.expand(len(z), -1))
+    def image(self, z, raw=False):  # (B, z_dim) -> (B, 3, H, W) in [-1, 1]
+        return self.net(z, self.place.expand(len(z), -1), raw)
 
-    def forward(self, z, c_micro):
+    def forward(self, z, c_micro, raw=False):
         config = self.config
         z, b = z.unique_consecutive(dim=0, return_inverse=True)  # patches of one image share its latent
-        s = self.image(z).unflatten(3, (config.K, config.S)).unflatten(2, (config.R, config.S))
+        s = self.image(z, raw).unflatten(3, (config.K, config.S)).unflatten(2, (config.R, config.S))
         number = torch.cdist(c_micro, self.places).argmin(dim=1)
         return s[b, :, number // config.K, :, number % config.K]  # (B, 3, R, S, K, S) -> (n, 3, S, S)
 
@@ -115,11 +115,11 @@ class MultipleGenerator(nn.Module):
         self.parts = nn.ModuleList(Generator(config) for _ in range(config.R * config.K))
         self.register_buffer("places", all_places(config))
 
-    def forward(self, z, c_micro):
+    def forward(self, z, c_micro, raw=False):
         number = torch.cdist(c_micro, self.places).argmin(dim=1)
         order, counts = number.argsort(stable=True), number.bincount(minlength=len(self.parts)).tolist()
         shares = zip(self.parts, z[order].split(counts), c_micro[order].split(counts))
-        return torch.cat([G(z, c) for G, z, c in shares if len(z)])[order.argsort()]
+        return torch.cat([G(z, c, raw) for G, z, c in shares if len(z)])[order.argsort()]
 
 
 class TwoCBNBlock(GeneratorBlock):
@@ -140,8 +140,7 @@ class TwoCBNGenerator(Generator):
         super().__init__(config)
         condition = config.z_dim + config.c_dim
         self.blocks = nn.ModuleList(
-            TwoCBNBlock(b.conv1.in_channels, b.conv1.out_channels, condition, b.upscale == 2)
-            for b in self.blocks
+            TwoCBNBlock(b.conv1.in_channels, b.conv1.out_channels, condition, b.upscale) for b in self.blocks
         )
         initialise(self)
 

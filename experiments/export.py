@@ -14,14 +14,23 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from coco_gan import Generator, Parser, find_checkpoint, load, memory, read_checkpoint, run_command, writing
+from coco_gan import (
+    Generator,
+    Parser,
+    find_checkpoint,
+    load,
+    memory,
+    read_checkpoint,
+    run_command,
+    whole,
+    writing,
+)
 from data import UserError
 
 KEPT = ("format", "config", "step", "images", "G_average")
@@ -70,14 +79,10 @@ def export(args: argparse.Namespace) -> None:
         if hasattr(module, "v"):
             del module.v  # of training alone
     contents, _ = read_checkpoint(path)
-    temporary = out.with_name(f".{out.name}")
     with writing("--out", out), memory("memory is full; export on a larger machine"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(out.suffix, contents, G, temporary)
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(out) as part:
+            write(out.suffix, contents, G, part)
     print(f"{out}: averaged weights of step {contents['step']:,}, {out.stat().st_size:,} bytes")
 
 

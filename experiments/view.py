@@ -36,6 +36,7 @@ from coco_gan import (
     picture_folder,
     run_command,
     save_picture,
+    whole,
     writing,
 )
 from data import UserError
@@ -108,13 +109,9 @@ def save_animation(pictures, path: Path) -> None:
     images = [Image.fromarray(picture) for picture in pictures]
     if path.suffix.lower() == ".gif":  # 256 colours a frame, dithered, or a sky is in bands
         images = [image.quantize(palette=image.quantize()) for image in images]
-    temporary = path.with_name(f".{path.name}")
     options = dict(save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
-    try:
-        images[0].save(temporary, format=path.suffix[1:].upper(), **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as part:
+        images[0].save(part, format=path.suffix[1:].upper(), **options)
 
 
 def benchmark(G: Generator, see, seed: int, yaw: float, frames: int) -> None:
