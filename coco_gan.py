@@ -25,7 +25,7 @@ Symbols (appendix B) and how they are spelled here. Order is always (y, x), (hei
     B                   macro patches in a batch; b·N·M + n·M + m numbers its micro patches
     W/σ    G_sn, D_sn, A_sn, Q_sn    the spectrally normalised parameters of G, D, A and Q
 
-Deviations from the paper are marked "Deviation:" where they happen and listed in the README.
+Deviations from the paper are listed in the README, each with where it happens.
 """
 
 from __future__ import annotations
