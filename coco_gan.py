@@ -549,181 +549,6 @@ def content_consistency(z: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Several processes, as torchrun starts them: each has a part of every batch, and the first one writes
-# ----------------------------------------------------------------------------------------------------------
-
-
-def world() -> int:
-    """How many processes were started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
-def processes() -> tuple[int, int]:
-    """The number of this process, and of how many that work together: 0 and 1 outside of `joined`."""
-    up = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if up else (0, 1)
-
-
-def writes() -> bool:
-    """Whether this is the process that writes files: the first."""
-    return processes()[0] == 0
-
-
-def speak_to_nobody() -> None:
-    """Let what is printed from here on vanish: Python would fail at the end over what it could not flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if world() > 1 and name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    elif world() > 1 and name != "cpu":
-        raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
-    kind, colon, number = name.partition(":")
-    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (colon and not (kind == "cuda" and re.fullmatch(r"\d{1,9}", number))):
-        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
-    if int(number or 0) >= have[kind]:
-        raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
-    if kind == "cuda":
-        torch.cuda.set_device(int(number or 0))  # streams, graphs and Triton go by the current one
-    torch.backends.cudnn.allow_tf32 = False  # its rounding would depend on how many patches go together
-    return torch.device(name)
-
-
-@contextlib.contextmanager
-def joined(device: str):
-    """Work with the other processes that torchrun started, if it did; all print errors, one the rest."""
-    if world() == 1:
-        yield
-        return
-    device = choose_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # A day: the others wait while the first one decodes the images. That a process ended, gloo sees at once;
-    # and torchrun, which then ends the others, within seconds.
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    if not writes():
-        speak_to_nobody()
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
-            raise
-        ended = "another process has ended, or cannot be reached"
-        raise UserError(f"{ended}; what was saved is whole, and --resume goes on with it") from error
-    else:  # only then, for it waits for what the others have begun
-        dist.destroy_process_group()
-
-
-def leave(status: int) -> None:
-    """sys.exit; of several processes at once, for gloo crashes now and then while its threads end."""
-    if world() > 1:
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def highest(number: int) -> int:
-    """The highest of the numbers that the processes give; each waits for all."""
-    if processes()[1] == 1:
-        return number
-    dist.all_reduce(highest := torch.tensor(number), dist.ReduceOp.MAX)
-    return int(highest)
-
-
-def load_once(*args, **kwargs) -> np.ndarray:
-    """`load_images`, which decodes, by the first process, and then by the others, which find that done."""
-    if not writes():
-        highest(0)
-    images = load_images(*args, **kwargs)
-    if writes():
-        highest(0)
-    return images
-
-
-def mean_of_all(tensor: torch.Tensor) -> torch.Tensor:
-    """Put the mean over the processes in the place of the tensor."""
-    if processes()[1] > 1:
-        dist.all_reduce(tensor)
-        tensor /= processes()[1]
-    return tensor
-
-
-def gather(make, count: int) -> torch.Tensor:
-    """make(slice(0, count)), (count, …), of which each process makes a part and gets all."""
-    rank, processes_ = processes()
-    share = -(-count // processes_)
-    start = min(rank * share, count - 1)  # who would have none makes the last one, too
-    mine = make(slice(start, start + share))
-    if processes_ == 1:
-        return mine
-    padded = mine.new_zeros(share, *mine.shape[1:])
-    padded[: len(mine)] = mine
-    dist.all_gather(parts := [torch.empty_like(padded) for _ in range(processes_)], padded)
-    return torch.cat(parts)[:count]
-
-
-class Trained(nn.Module):
-    """The parameters of networks, with their losses as forward pass: what DistributedDataParallel wants.
-
-    Without the buffers, which it would copy from the first process to the others.
-    """
-
-    def __init__(self, nets: list[nn.Module]):
-        super().__init__()
-        self.trained = nn.ParameterList(p for net in nets for p in net.parameters())
-
-    def forward(self, losses, k: int):
-        return losses(k)
-
-
-class SumOfAll(torch.autograd.Function):
-    """The sum over the processes. Each has losses that depend on it: so its gradient is a sum too."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        dist.all_reduce(tensor := tensor.clone())
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        dist.all_reduce(gradient := gradient.clone())
-        return gradient
-
-
-def synchronise(nets: list[nn.Module]) -> None:
-    """Let all batch normalisations of networks in training take the statistics of all processes."""
-    for net in nets:
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.forward = functools.partial(synchronised_norm, module)
-            elif isinstance(module, ConditionalBatchNorm):
-                module.synchronised = True
-
-
-def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """What norm does to x, (B, C) or (B, C, h, w), but with mean and variance over all processes.
-
-    PyTorch's own SyncBatchNorm works on GPUs only.
-    """
-    count, over, like = processes()[1], [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    mean = SumOfAll.apply(x.float().mean(over)) / count  # (C,)
-    difference = x.float() - mean.view(like)
-    var = SumOfAll.apply(difference.square().mean(over)) / count
-    y = difference * (var + norm.eps).rsqrt().view(like)
-    with torch.no_grad():
-        n = count * x.numel() // x.shape[1]
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
-        norm.num_batches_tracked += 1
-    if norm.affine:
-        y = y * norm.weight.view(like) + norm.bias.view(like)
-    return y.to(x.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Training (section 2; appendix C, "Hyperparameters")
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1787,6 +1612,181 @@ def save_png(parts, path: Path) -> None:
         chunk(b"IDAT", packer.flush())
         chunk(b"IEND", b"")
         header(w)  # again, now that the height is known
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them: each has a part of every batch, and the first one writes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def world() -> int:
+    """How many processes were started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, and of how many that work together: 0 and 1 outside of `joined`."""
+    up = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if up else (0, 1)
+
+
+def writes() -> bool:
+    """Whether this is the process that writes files: the first."""
+    return processes()[0] == 0
+
+
+def speak_to_nobody() -> None:
+    """Let what is printed from here on vanish: Python would fail at the end over what it could not flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if world() > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif world() > 1 and name != "cpu":
+        raise UserError(f"--device {name} is one device for {world()} processes; leave it out, or give cpu")
+    kind, colon, number = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (colon and not (kind == "cuda" and re.fullmatch(r"\d{1,9}", number))):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:1 (the second GPU) or mps")
+    if int(number or 0) >= have[kind]:
+        raise UserError(f"--device {name} is not there: PyTorch finds {have[kind]} of {kind}; try auto")
+    if kind == "cuda":
+        torch.cuda.set_device(int(number or 0))  # streams, graphs and Triton go by the current one
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would depend on how many patches go together
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def joined(device: str):
+    """Work with the other processes that torchrun started, if it did; all print errors, one the rest."""
+    if world() == 1:
+        yield
+        return
+    device = choose_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A day: the others wait while the first one decodes the images. That a process ended, gloo sees at once;
+    # and torchrun, which then ends the others, within seconds.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if not writes():
+        speak_to_nobody()
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+            raise
+        ended = "another process has ended, or cannot be reached"
+        raise UserError(f"{ended}; what was saved is whole, and --resume goes on with it") from error
+    else:  # only then, for it waits for what the others have begun
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """sys.exit; of several processes at once, for gloo crashes now and then while its threads end."""
+    if world() > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def highest(number: int) -> int:
+    """The highest of the numbers that the processes give; each waits for all."""
+    if processes()[1] == 1:
+        return number
+    dist.all_reduce(highest := torch.tensor(number), dist.ReduceOp.MAX)
+    return int(highest)
+
+
+def load_once(*args, **kwargs) -> np.ndarray:
+    """`load_images`, which decodes, by the first process, and then by the others, which find that done."""
+    if not writes():
+        highest(0)
+    images = load_images(*args, **kwargs)
+    if writes():
+        highest(0)
+    return images
+
+
+def mean_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Put the mean over the processes in the place of the tensor."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()[1]
+    return tensor
+
+
+def gather(make, count: int) -> torch.Tensor:
+    """make(slice(0, count)), (count, …), of which each process makes a part and gets all."""
+    rank, processes_ = processes()
+    share = -(-count // processes_)
+    start = min(rank * share, count - 1)  # who would have none makes the last one, too
+    mine = make(slice(start, start + share))
+    if processes_ == 1:
+        return mine
+    padded = mine.new_zeros(share, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    dist.all_gather(parts := [torch.empty_like(padded) for _ in range(processes_)], padded)
+    return torch.cat(parts)[:count]
+
+
+class Trained(nn.Module):
+    """The parameters of networks, with their losses as forward pass: what DistributedDataParallel wants.
+
+    Without the buffers, which it would copy from the first process to the others.
+    """
+
+    def __init__(self, nets: list[nn.Module]):
+        super().__init__()
+        self.trained = nn.ParameterList(p for net in nets for p in net.parameters())
+
+    def forward(self, losses, k: int):
+        return losses(k)
+
+
+class SumOfAll(torch.autograd.Function):
+    """The sum over the processes. Each has losses that depend on it: so its gradient is a sum too."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dist.all_reduce(gradient := gradient.clone())
+        return gradient
+
+
+def synchronise(nets: list[nn.Module]) -> None:
+    """Let all batch normalisations of networks in training take the statistics of all processes."""
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.forward = functools.partial(synchronised_norm, module)
+            elif isinstance(module, ConditionalBatchNorm):
+                module.synchronised = True
+
+
+def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """What norm does to x, (B, C) or (B, C, h, w), but with mean and variance over all processes.
+
+    PyTorch's own SyncBatchNorm works on GPUs only.
+    """
+    count, over, like = processes()[1], [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    mean = SumOfAll.apply(x.float().mean(over)) / count  # (C,)
+    difference = x.float() - mean.view(like)
+    var = SumOfAll.apply(difference.square().mean(over)) / count
+    y = difference * (var + norm.eps).rsqrt().view(like)
+    with torch.no_grad():
+        n = count * x.numel() // x.shape[1]
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    if norm.affine:
+        y = y * norm.weight.view(like) + norm.bias.view(like)
+    return y.to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,10 @@ def write(kind: str, contents: dict, G: Generator, path: Path) -> None:
     else:
         import onnx
 
-        torch.onnx.export(program_of(G), dynamo=True, verbose=False).save(str(path))
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of torchvision, not needed here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.onnx.export(program_of(G), dynamo=True, verbose=False).save(str(path))
         model = onnx.load(str(path))
         onnx.helper.set_model_props(model, {"config": text})
         onnx.save(model, str(path))
