@@ -1181,10 +1181,8 @@ def restore(state: State, contents: dict, path: Path, anew: tuple[str, ...] = ()
             if isinstance(part, torch.optim.Adam):  # its settings are the configuration's and the device's
                 saved = {"state": saved["state"], "param_groups": part.state_dict()["param_groups"]}
             part.load_state_dict(saved)
-            if isinstance(
-                part, torch.optim.Adam
-            ):  # in C, it takes for granted that they lie as the weights do
-                for p, kept in part.state.items():
+            if isinstance(part, torch.optim.Adam):
+                for p, kept in part.state.items():  # to lie as the weights do: Adam, in C, believes it
                     kept |= {k: torch.empty_like(p).copy_(kept[k]) for k in ("exp_avg", "exp_avg_sq")}
         state.rng.set_state(contents["rng"])
         state.step = contents["step"]
@@ -1942,7 +1940,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
     measure, eval_every = evaluation(state.G_average, stored, args.eval_count), args.eval_every or EVAL_EVERY
     # What the best checkpoint is chosen by: post-training may get worse again (appendix E).
     figure, sample_every = ("ring_seam", 100) if any(config.ring) else ("swd", 1000)
-    sample_every = args.sample_every or sample_every
+    intervals = args.sample_every or sample_every, args.log_every, args.save_every
     best = min((entry[figure] for entry in logged(run) if figure in entry), default=math.inf)
 
     some = stored[numbers[:: len(numbers) // 64 + 1].numpy()]
@@ -1983,9 +1981,7 @@ def train_loop(state: State, stored: np.ndarray, fingerprint: str, run: Path, ar
             release_pages(stored)  # or a training set as large as the disk would seem to fill the memory
             stopped = highest(max(signals, default=0))  # one for all
             last = state.step == config.steps or stopped > 0
-            drawing, logging, saving = (
-                last or state.step % every == 0 for every in (sample_every, args.log_every, args.save_every)
-            )
+            drawing, logging, saving = (last or state.step % every == 0 for every in intervals)
             measuring = measure is not None and not stopped and state.step % eval_every == 0
             if not (drawing or logging or saving or measuring):
                 continue

@@ -65,9 +65,8 @@ def stages(config: Config, device: torch.device) -> list[Stage]:
     """Those that the device can run."""
     cuda, fast = device.type == "cuda", precision_of(replace(config, precision="auto"), device)
     ladder = [Stage("eager, float32"), Stage("+ tf32", "tf32")] if cuda else [Stage("eager, float32")]
-    ladder.append(
-        replace(ladder[-1], name=f"+ {fast}, channels last", precision=fast, layout=torch.channels_last)
-    )
+    name = f"+ {fast}, channels last"
+    ladder.append(replace(ladder[-1], name=name, precision=fast, layout=torch.channels_last))
     if cuda and kernels.failure("cuda") is None:
         ladder.append(replace(ladder[-1], name="+ kernels", impl="triton"))
     if cuda:
@@ -239,26 +238,21 @@ def bench(args: argparse.Namespace) -> None:
     about = dict(device=torch.cuda.get_device_name(device) if cuda else "CPU", torch=torch.__version__)
     about |= dict(triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda)
     about |= dict(threads=torch.get_num_threads(), date=datetime.date.today().isoformat())
-    about |= dict(
-        preset=preset,
-        batch_size=config.batch_size,
-        command=f"python -m experiments.bench {args.given}".strip(),
-    )
+    about |= dict(preset=preset, batch_size=config.batch_size)
+    about["command"] = f"python -m experiments.bench {args.given}".strip()
     print(", ".join(f"{name} {value}" for name, value in about.items() if value is not None))
     if not cuda:
         print("this is a CPU: no tf32, kernels or graph here, and its figures say nothing of a GPU's")
-    with memory(
-        f"--batch-size {config.batch_size} does not fit in the memory of {device}; try a smaller one"
-    ):
+    full = f"--batch-size {config.batch_size} does not fit in the memory of {device}"
+    with memory(f"{full}; try a smaller one"):
         flops = operations(config, device)
         fast = precision_of(replace(config, precision="auto"), device)
         rate = matrix_rate(torch.bfloat16 if fast == "bf16" else torch.float32, device)
         rows, sampling = bench_training(config, device, args.steps), bench_sampling(config, device)
     report(config, device, rows, sampling, flops, rate)
     if args.json:
-        contents = dict(
-            about=about, flop_per_step=flops, matrix_flop_per_second=rate, steps=rows, sampling=sampling
-        )
+        contents = dict(about=about, flop_per_step=flops, matrix_flop_per_second=rate, steps=rows)
+        contents["sampling"] = sampling
         write("--json", args.json, (json.dumps(contents, indent=1) + "\n").encode())
 
 
