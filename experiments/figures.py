@@ -390,8 +390,8 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
         block[first:, :S] = patches(G, z, y[:, None], j)
         for k in range(args.steps):
             along = slice(first + k * (S + 2), first + k * (S + 2) + S)
-            block[S + 3, along] = 255 * (x[k] % 1 != 0)
-            block[along, S + 3] = 255 * (y[k] % 1 != 0)
+            block[S + 3, along] = 255 * (x[k].item() % 1 != 0)
+            block[along, S + 3] = 255 * (y[k].item() % 1 != 0)
         blocks.append(block)
     return grid(np.array(blocks), gap=S)
 

@@ -516,7 +516,7 @@ def flip(path, place):
         (lambda path: bomb(path, "about", header((), "<U99999999")), "about would be <U99999999 ()"),
         (lambda path: bomb(path, "mu", header((4,)) + bytes(10**6)), "mu is longer than it says"),
         (lambda path: bomb(path, "mu", header((4,)) + bytes(31)), "EOF"),
-        (lambda path: bomb(path, "mu", later_header((2**40,))), "cannot be used: Cannot parse header"),
+        (lambda path: bomb(path, "mu", later_header((2**40,))), "cannot be used: "),
         (lambda path: rewrite(path, mu=np.float64(0), sigma=np.float64(0)), "cannot be used: "),
         (lambda path: rewrite(path, mu=np.ones((2, 2)), sigma=np.ones((2, 2, 2, 2))), "cannot be used: "),
         (lambda path: flip(path, b"sigma.npy"), "Bad CRC-32"),

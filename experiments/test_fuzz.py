@@ -507,7 +507,9 @@ WAYS += [("TIFF", dict(compression=compression)) for compression in ("tiff_lzw",
 
 
 def encoded(image: Image.Image, kind: str, **options) -> Contents:
-    image.save(file := io.BytesIO(), kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of mode I as PNG, which newer Pillows refuse
+        image.save(file := io.BytesIO(), kind, **options)
     return Contents(file.getvalue())
 
 
