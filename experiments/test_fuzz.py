@@ -523,7 +523,9 @@ def all_images() -> list[tuple[str, bytes]]:
             image = Image.new(mode, (36, 18))
         for kind, options in WAYS:
             with contextlib.suppress(OSError, KeyError, ValueError):  # which this format cannot have
-                found.append((f"{mode} {kind} {options}", encoded(image, kind, **options)))
+                contents = encoded(image, kind, **options)
+                Image.open(io.BytesIO(contents)).load()  # some Pillows cannot read what they wrote
+                found.append((f"{mode} {kind} {options}", contents))
     frames = dict(save_all=True, append_images=[Image.new("P", (36, 18), n) for n in range(3)])
     several = [(kind, encoded(Image.new("P", (36, 18)), kind, **frames)) for kind in ("GIF", "WEBP", "TIFF")]
     return found + several
