@@ -709,7 +709,7 @@ def generate_macro(state: State, parameters, batch: Batch) -> torch.Tensor:
     N, M = state.config.N, state.config.M
     with mixed_precision(state):
         z = batch.z.repeat_interleave(N * M, dim=0)  # (B·N·M, z_dim), one latent for all patches of a sample
-        x = functional_call(state.G, parameters, (z, batch.c_micro, True))  # before G's tanh, which φ takes
+        x = functional_call(state.G, parameters, (z, batch.c_micro), dict(raw=True))  # φ takes the tanh
     return merge_patches(x, N, M, tanh=True, dtype=z.dtype).contiguous(memory_format=LAYOUT)
 
 
@@ -935,9 +935,6 @@ def choose_impl(name: str, device: torch.device) -> None:
 FORMAT = "coco-gan checkpoint 1"
 STATEFUL = ("G", "G_average", "D", "A", "Q", "opt_G", "opt_D", "opt_Q", "opt_G_beyond", "opt_D_beyond")
 BEYOND = ("opt_G_beyond", "opt_D_beyond")
-STEPS_BEYOND = 2_000  # of post-training at most, unless --steps says otherwise
-EVAL_EVERY = 10_000
-MEASURED_PIXELS = 2**27  # of each set of images, 400 MB
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -1790,6 +1787,10 @@ def synchronised_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) ->
 # ----------------------------------------------------------------------------------------------------------
 # The two commands
 # ----------------------------------------------------------------------------------------------------------
+
+STEPS_BEYOND = 2_000  # of post-training at most, unless --steps says otherwise
+EVAL_EVERY = 10_000
+MEASURED_PIXELS = 2**27  # of each set of images, 400 MB
 
 
 def train(args: argparse.Namespace) -> int:
