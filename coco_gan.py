@@ -963,7 +963,10 @@ def memory(advice: str):
 
 @contextlib.contextmanager
 def whole(path: Path, temporary: str | None = None):
-    """A path to write to, which becomes the one given if the block ends well; else nothing is left of it."""
+    """A path to write to, which becomes the one given if the block ends well; else nothing is left of it.
+
+    temporary: its name until then. What a kill leaves of it is overwritten by the next of that name.
+    """
     part = path.with_name(temporary or f".{path.name}")
     try:
         yield part
@@ -1036,6 +1039,12 @@ def find_checkpoint(where: str | Path | None, command: str = "--checkpoint", pan
     if not os.path.isfile(path):
         raise UserError(f"{command} {where} does not exist; give a checkpoint file or a run folder")
     return path
+
+
+def tell_newest(where: str | Path | None, path: Path) -> None:
+    """Say which checkpoint `find_checkpoint` took, if nobody named one, and it has not said so itself."""
+    if where is None and path.parent != ASSETS:
+        print(f"from {path}", file=sys.stderr)
 
 
 def on_a_cylinder(run: Path) -> bool:
@@ -2173,8 +2182,7 @@ def sample(args: argparse.Namespace) -> int:
 
     together = max(1, 2**20 // (height * width)) if folder else len(z)
     advice = f"try --batch-size {(B or 2) // 2 or 1}, or fewer or smaller pictures"
-    if args.checkpoint is None and path.parent != ASSETS:
-        print(f"from {path}", file=sys.stderr)
+    tell_newest(args.checkpoint, path)
     with writing("--out", out), memory(f"memory of {device} is full; {advice}"):
         names[0].parent.mkdir(parents=True, exist_ok=True)
         for first in range(0, len(z), together):

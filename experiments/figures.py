@@ -57,6 +57,7 @@ from coco_gan import (
     read_checkpoint,
     run_command,
     save_picture,
+    tell_newest,
     to_uint8,
     writing,
 )
@@ -498,7 +499,7 @@ def figure(args: argparse.Namespace) -> None:
     for name, low, high in (("steps", 2, 1000), ("refine", 0, 10_000)):
         if name in args and not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)} is out of range; give {low} to {high}")
-    device, animated, newest = choose_device(args.device), getattr(args, "gif", None), args.checkpoint is None
+    device, animated, where = choose_device(args.device), getattr(args, "gif", None), args.checkpoint
     torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
     torch.backends.cudnn.deterministic = True  # nor on chance, as that of its gradients may, for --refine
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
@@ -521,8 +522,7 @@ def figure(args: argparse.Namespace) -> None:
             raise UserError(f"{found}; give another ending, or a smaller figure")
         out.parent.mkdir(parents=True, exist_ok=True)
         (save_animation if animated else save_picture)(picture, out)
-    if newest:
-        print(f"from {path}", file=sys.stderr)
+    tell_newest(where, path)
     print(out)
 
 

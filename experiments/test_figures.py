@@ -58,7 +58,7 @@ def run(here, monkeypatch, capsys):
     def run(command, *arguments):
         status = figures.main([command, "--device", "cpu", *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from ")]
+        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from runs/")]
 
     return run
 

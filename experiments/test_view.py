@@ -60,7 +60,7 @@ def run(here, monkeypatch, capsys):
     def run(*arguments):
         status = view.main([*SMALL, *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from ")]
+        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from runs/")]
 
     return run
 

@@ -36,6 +36,7 @@ from coco_gan import (
     picture_folder,
     run_command,
     save_picture,
+    tell_newest,
     whole,
     writing,
 )
@@ -186,8 +187,7 @@ def view(args: argparse.Namespace) -> None:
         else:
             save_picture(see(scene, args.yaw).cpu().numpy(), out)
     print(f"{scene.made} of {config.R * config.K} micro patches generated")
-    if args.checkpoint is None:
-        print(f"from {path}", file=sys.stderr)
+    tell_newest(args.checkpoint, path)
     print(out)
 
 
