@@ -58,7 +58,8 @@ def run(here, monkeypatch, capsys):
     def run(command, *arguments):
         status = figures.main([command, "--device", "cpu", *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from runs/")]
+        errors = [line for line in err.splitlines() if not line.startswith("from runs/")]
+        return status, out.splitlines(), errors
 
     return run
 
@@ -877,7 +878,9 @@ def test_without_a_run_it_is_the_shipped_model_and_runs_keeps_the_figure(run, tm
     shutil.copy(next((here / "runs/plane").glob("*.pt")), assets / "toy_faces.pt")
     monkeypatch.setattr(coco_gan, "ASSETS", assets)
     monkeypatch.chdir(tmp_path)
-    assert run("mix")[:2] == (0, ["runs/mix.png"]) and (tmp_path / "runs/mix.png").exists()
+    status, out, (told,) = run("mix")
+    assert told.endswith("this is toy_faces.pt, which comes with the program")
+    assert (status, out) == (0, ["runs/mix.png"]) and (tmp_path / "runs/mix.png").exists()
 
 
 PLANE, NARROW = "runs/plane/checkpoint-000000000.pt", "runs/narrow/checkpoint-000000000.pt"

@@ -60,7 +60,8 @@ def run(here, monkeypatch, capsys):
     def run(*arguments):
         status = view.main([*SMALL, *map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if not line.startswith("from runs/")]
+        errors = [line for line in err.splitlines() if not line.startswith("from runs/")]
+        return status, out.splitlines(), errors
 
     return run
 
@@ -271,7 +272,8 @@ def test_without_a_run_it_is_the_shipped_panorama_and_runs_keeps_the_view(run, t
     shutil.copy(next((here / "runs/cylinder").glob("*.pt")), assets / "toy_landscapes.pt")
     monkeypatch.setattr(coco_gan, "ASSETS", assets)
     monkeypatch.chdir(tmp_path)
-    status, out, _ = run()
+    status, out, (told,) = run()
+    assert told.endswith("this is toy_landscapes.pt, which comes with the program")
     assert (status, out[-1]) == (0, "runs/view.png") and (tmp_path / "runs/view.png").exists()
 
 
