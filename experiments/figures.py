@@ -500,8 +500,7 @@ def figure(args: argparse.Namespace) -> None:
         if name in args and not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)} is out of range; give {low} to {high}")
     device, animated, where = choose_device(args.device), getattr(args, "gif", None), args.checkpoint
-    torch.backends.cudnn.allow_tf32 = False  # a convolution's rounding must not depend on the batch size
-    torch.backends.cudnn.deterministic = True  # nor on chance, as that of its gradients may, for --refine
+    torch.backends.cudnn.deterministic = True  # for --refine: the rounding of gradients may depend on chance
     path = find_checkpoint(args.checkpoint, panorama=args.panorama)
     flag, endings = ("--gif", (".gif", ".webp")) if animated else ("--out", PICTURES)
     out = Path(animated or args.out or free_name(picture_folder(path) / args.command))
