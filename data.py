@@ -1,74 +1,78 @@
-"""Images for training: a folder or a zip of photographs, or pictures that this file draws itself.
+"""Images for training: a folder or a zip of photographs, or toy images that this file draws.
 
     from data import load_images
     images = load_images("photos.zip", 64, 64)  # (n, 64, 64, 3) uint8, mapped from a file, not in memory
     images = load_images("toy:faces", 32, 32)   # needs no photographs
 
-Every source is decoded once, into one .npy file in the cache folder; later starts only map that file.
-
-    python data.py panorama cubemaps.zip panoramas  # cube maps and 2:1 images -> images of a cylinder
+Every source is decoded once, into one .npy file in the cache folder. Later starts map that file.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import difflib
-import errno
-import functools
 import hashlib
 import io
 import itertools
-import json
-import math
 import mmap
 import os
-import pickle
-import queue
 import re
-import secrets
-import shlex
-import shutil
 import stat
-import subprocess
 import sys
-import time
 import warnings
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks, and needs none: it deletes no file that is open
-    fcntl = None
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Pillow goes by content, not by name. Only these readers, or a .jpg that is PostScript starts Ghostscript.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Pillow goes by content, not by name. Other decoders must not run: PostScript would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 CROPS = ("center", "celeba", "squash", "celeba-syn")
-CACHE_VERSION = 1  # raise it when the same input gives other pixels than before
-HEADER_BYTES = 128  # NumPy pads headers to multiples of 64, and ours always have 65 to 128 bytes
-MAX_FILE_BYTES = 2**29  # three values of 16 bits for each of Pillow's most pixels; a zip bomb goes beyond
-MOST_SCANNED = 2**32  # pixels times scans of a progressive JPEG; ten scans are usual
+CACHE_VERSION = 2  # raise it when the same input gives other pixels than before
+MAX_FILE_BYTES = 2**29  # three 16-bit values for each of the most pixels that Pillow decodes
+MAX_SCANNED = 2**32  # pixels times scans of a progressive JPEG; ten scans are usual
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message is the single line that they see."""
+    """A mistake that the user can fix. Its message is the one line that they see."""
 
-    def __str__(self) -> str:
-        # It may quote a name or a file of a stranger's, with ends of lines and commands to the terminal.
+    def __str__(self) -> str:  # it may quote a file name, with line ends and commands to the terminal
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Loading: what training calls
-# ---------------------------------------------------------------------------------------------------------
+# ---- Files that appear under their names only when they are complete ---------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator:
+    """A binary file to write, which gets its name when the block ends well. Else nothing is left of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, contents: bytes) -> None:
+    """Write a file completely or not at all. Raises: OSError, with the name of the file."""
+    with atomic(path) as file:
+        file.write(contents)
+
+
+# ---- Loading -----------------------------------------------------------------------------------------------
 
 
 def load_images(
@@ -78,216 +82,226 @@ def load_images(
     *,
     crop: str = "center",
     cache: str | Path = "cache",
-    workers: int = 0,
-    toy_count: int = 4096,
-    panorama: bool = False,
     seed: int = 0,
+    toy_count: int = 4096,
 ) -> np.ndarray:
-    """Map the images of a source, all cut to one size, decoding them first where no earlier call did.
+    """Map the images of a source, all of one size, and decode them first if no earlier call did.
 
     Args:
         source: a folder or a zip of photographs, or one of TOYS.
-        height, width: size of every image in px.
-        crop: "center", the largest centred rectangle of the wanted shape; "celeba", the paper's rows 50 to
-            177 and columns 25 to 152 of an aligned 178 x 218 image; "squash", the whole image, out of shape;
-            "celeba-syn", as "celeba", but moved away by what displacement gives for each image.
-        cache: folder of the decoded file.
-        workers: number of decoding processes, 0 for one per core.
-        toy_count: how many toy images to draw.
-        panorama: whether panoramas are wanted, so that cube maps would be a mistake.
-        seed: of the displacements of "celeba-syn"; the other crops leave nothing to chance.
+        height, width: size of every image in pixels.
+        crop: "center", the largest centred rectangle of the right shape; "celeba", the paper's rows 50 to 177
+            and columns 25 to 152 of an aligned 178 x 218 image; "celeba-syn", the same, moved by
+            `displacement` for each image; "squash", the whole image, out of shape.
+        cache: folder of the decoded file; seed: of the displacements; toy_count: how many toys to draw.
 
-    Returns: np.memmap (n, height, width, 3), uint8, RGB, read-only, in the order of the sorted names.
+    Returns: np.memmap (n, height, width, 3), uint8, RGB, in the order of the sorted names.
     Raises: UserError.
     """
-    if crop not in CROPS:
-        raise UserError(f"--crop {crop} is unknown; choose one of {', '.join(CROPS)}")
-    source, toy = os.path.expanduser(source), source.startswith("toy:")
-    if toy and source not in TOYS:
-        raise UserError(f"--data {source} is unknown; choose one of {', '.join(TOYS)}")
-    elif toy and crop != "center":
-        why = f"--crop {crop} is for photographs, and --data {source} is drawn in the size that is wanted"
-        raise UserError(f"{why}; leave out --crop, or give photographs")
-    elif toy:
-        identity = f"{source} {toy_count}"
-    elif os.path.isdir(source):
-        lines = _list_folder(source)
-        identity = "\n".join(lines)
-    elif os.path.isfile(source):
-        found = os.stat(source)  # not what is inside: a directory of 200,000 members takes seconds to read
-        identity = f"{os.path.basename(source)} {found.st_size} {found.st_mtime_ns}"
+    source = os.path.expanduser(source)
+    if source in TOYS:
+        if crop != "center":
+            raise UserError(f"--crop {crop} is for photographs; leave it out, for {source} needs no crop")
+        names, identity = [], [toy_count]
     else:
-        raise UserError(_missing(source))
-
+        names, read, identity = list_images(source)
     cut = f"{height}x{width}-{crop}" + (f"-{seed}" if crop == "celeba-syn" else "")
     key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {identity}")).hexdigest()[:16]
     title = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
     path = Path(cache) / f"{title}-{cut}-{key}.npy"
-    try:
-        return _open_map(path)
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or cut short by something else than this program: make it
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: made anew
+        return open_map(path)
+    if source in TOYS:
+        images = itertools.chain.from_iterable(TOYS[source](toy_count, height, width))
+    elif names:
+        images = decode_all(names, read, height, width, crop, seed)
+    else:
+        raise UserError(f"--data {source} holds no image; looked for {' '.join(EXTENSIONS)} in any case")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write(bytes(128))  # of the header, which NumPy pads to a multiple of 64
+        count = sum(file.write(np.ascontiguousarray(image)) > 0 for image in images)
+        header = io.BytesIO()
+        shape = dict(descr="|u1", fortran_order=False, shape=(count, height, width, 3))
+        np.lib.format.write_array_header_1_0(header, shape)
+        file.seek(0)
+        file.write(header.getvalue())
+    return open_map(path)
 
-    with contextlib.ExitStack() as stack:
-        if toy:
-            count = toy_count
-            blocks = ((block, len(block)) for block in TOYS[source](toy_count, height, width))
-        else:
-            folder = os.path.isdir(source)
-            names, read = _open_folder(source, lines) if folder else _open_zip(source, stack)
-            if panorama and any(len(files) == 6 for _, files, _ in _places(sorted(names), "").values()):
-                hint = f"make panoramas of them by: python data.py panorama {shlex.quote(source)} panoramas"
-                raise UserError(f"--data {source} holds faces of cube maps; {hint}")
-            if not names:
-                raise UserError(f"--data {source} holds no image; looked for {' '.join(ENDINGS)} in any case")
-            count, how = len(names), (height, width, crop, seed)
-            blocks = _decode_all(sorted(names), read, how, workers)
-        _store(path, stack.enter_context(contextlib.closing(blocks)), count, height, width)
-    return _open_map(path)
+
+def open_map(path: Path) -> np.ndarray:
+    images = np.load(path, mmap_mode="c")  # copy on write: PyTorch asks for memory that can be written
+    if hasattr(mmap, "MADV_RANDOM"):
+        images._mmap.madvise(mmap.MADV_RANDOM)  # batches jump about, so reading ahead is wasted
+    return images
 
 
 def release_pages(images: np.ndarray) -> None:
-    """Take the pages of a map out of this process's memory; does nothing to other arrays.
+    """Free the pages of a map, which stay in the system's file cache; does nothing to other arrays.
 
-    To be called after every batch: it takes well under a millisecond and loses nothing, since nobody writes
-    to them and they stay in the system's file cache. But Linux may map 2 MB around each byte that is touched,
-    so that 128 random images of 64 px already count for 200 MB.
+    Without it, Linux counts up to 2 MB around each byte that was read as memory of the process.
     """
     mapped = getattr(images, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _open_map(path: Path) -> np.ndarray:
-    images = np.load(path, mmap_mode="r")
-    if hasattr(mmap, "MADV_RANDOM"):
-        images._mmap.madvise(mmap.MADV_RANDOM)  # batches jump about: reading ahead would be wasted
-    return images
+# ---- Finding -----------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Finding: the names of the images, and what tells one set of images from another
-# ---------------------------------------------------------------------------------------------------------
+def list_images(source: str) -> tuple[list[str], Callable[[str], bytes], list[str]]:
+    """The sorted names of the images of a folder or zip, a function that reads one, and what identifies them.
 
-
-def _list_folder(root: str) -> list[str]:
-    """Return "NAME SIZE MTIME" of every image below a folder, sorted: what changes when an image does."""
-    lines, folders, seen = [], [""], set()
-    while folders:
-        folder, below = folders.pop(), []
-        where = os.path.join(root, folder)
-        if os.path.realpath(where) in seen:  # a link may lead back up
-            continue
-        seen.add(os.path.realpath(where))
-        try:
-            with os.scandir(where) as entries:
-                for entry in entries:  # with 200,000 images, every start waits for what stands here
-                    name = entry.name
-                    if name[0] == "." or name == "__MACOSX":
-                        continue
-                    is_image = name.lower().endswith(ENDINGS)
-                    try:
-                        if is_image:
-                            found = entry.stat()
-                            if stat.S_ISREG(found.st_mode):  # reading a named pipe would never end
-                                lines.append(f"{folder}{name} {found.st_size} {found.st_mtime_ns}")
-                                continue
-                        if entry.is_dir():
-                            below.append(f"{folder}{name}/")
-                    except OSError:
-                        if is_image:  # a dead link: will be counted as skipped
-                            lines.append(f"{folder}{name} -1 -1")
-        except OSError as error:
-            raise UserError(f"--data {where} can't be listed: {error.strerror}; mend or remove it") from error
-        folders += sorted(below, reverse=True)
-    return sorted(lines)
-
-
-def _open_folder(root: str, lines: list[str]) -> tuple[list[str], Callable[[str], bytes]]:
-    """Return the names in the lines of `_list_folder`, and a function that reads one of them."""
-    return [line.rsplit(" ", 2)[0] for line in lines], lambda name: read_file(Path(root, name))
-
-
-def _open_zip(source: str, stack: contextlib.ExitStack) -> tuple[list[str], Callable[[str], bytes]]:
-    """Return the names of all images in a zip, and a function that reads one of them in place."""
+    Raises: UserError. The identity changes when an image does, and costs no reading of images.
+    """
+    if os.path.isdir(source):
+        lines = list_folder(source)
+        names = [line.rsplit(" ", 2)[0] for line in lines]
+        return names, lambda name: read_file(os.path.join(source, name)), lines
+    if not os.path.exists(source):
+        folder, name = os.path.split(os.path.abspath(source))
+        near = difflib.get_close_matches(name, os.listdir(folder) if os.path.isdir(folder) else (), n=1)
+        hint = f"did you mean {os.path.join(folder, near[0])}? Give" if near else "give"
+        raise UserError(f"--data {source} does not exist; {hint} a folder or a zip, or {' or '.join(TOYS)}")
     try:
-        # ZipFile counts the readers of a file that it opened itself, without a lock, and may close it
-        # under one of several threads; a file handed to it stays open.
-        archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open(source, "rb"))))
+        archive = zipfile.ZipFile(open(source, "rb"))  # a file handed to it, which threads cannot close
+        members = {member.filename: member for member in archive.infolist() if is_image(member.filename)}
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        found = f"--data {source} is no zip that can be read ({error})"
-        raise UserError(f"{found}; give a folder or a zip") from error
-    members = {
-        info.filename: info  # where two have one name, the later replaces the earlier
-        for info in archive.infolist()
-        if info.filename.lower().endswith(ENDINGS)
-        and not re.search(r"(^|/)(\.[^/.]|__MACOSX/)", info.filename)
-    }
+        raise UserError(
+            f"--data {source} is no zip that can be read ({error}); give a folder or a zip"
+        ) from error
 
     def read(name: str) -> bytes:
         if members[name].file_size > MAX_FILE_BYTES:
             raise ValueError(f"unpacks to {members[name].file_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
         return archive.read(members[name])
 
-    return list(members), read
+    found = os.stat(source)
+    return sorted(members), read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises: OSError, or ValueError for one that cannot be an image."""
-    if path.stat().st_size > MAX_FILE_BYTES:  # of which a sparse file takes none of the disk
-        raise ValueError(f"has {path.stat().st_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
-    return path.read_bytes()
+def is_image(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return name.lower().endswith(EXTENSIONS) and not hidden
 
 
-def _missing(source: str) -> str:
-    folder, name = os.path.split(os.path.abspath(source))
-    near = difflib.get_close_matches(name, os.listdir(folder) if os.path.isdir(folder) else (), n=1)
-    hint = f"is {os.path.join(folder, near[0])} meant? Give" if near else "give"
-    return f"--data {source} does not exist; {hint} a folder or a zip of images, or {' or '.join(TOYS)}"
+def list_folder(root: str) -> list[str]:
+    """ "NAME SIZE MTIME" of every image below a folder, sorted."""
+    lines, folders, seen = [], [""], set()
+    while folders:
+        folder = folders.pop()
+        where = os.path.join(root, folder)
+        if os.path.realpath(where) in seen:  # a link may lead back up
+            continue
+        seen.add(os.path.realpath(where))
+        try:
+            entries = list(os.scandir(where))
+        except OSError as error:
+            raise UserError(
+                f"--data {where} cannot be listed: {error.strerror}; mend or remove it"
+            ) from error
+        for entry in entries:
+            if is_image(entry.name):
+                with contextlib.suppress(OSError):  # a dead link
+                    found = entry.stat()
+                    if stat.S_ISREG(found.st_mode):  # reading a named pipe would never end
+                        lines.append(f"{folder}{entry.name} {found.st_size} {found.st_mtime_ns}")
+            elif not entry.name.startswith(".") and entry.name != "__MACOSX" and entry.is_dir():
+                folders.append(f"{folder}{entry.name}/")
+    return sorted(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Decoding: the bytes of one image file -> upright RGB -> crop -> resize, in several processes
-# ---------------------------------------------------------------------------------------------------------
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises: OSError, or ValueError for one that is too large."""
+    size = os.path.getsize(path)
+    if size > MAX_FILE_BYTES:  # a sparse file of that size takes nothing of the disk
+        raise ValueError(f"has {size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
+    return Path(path).read_bytes()
+
+
+# ---- Decoding: bytes -> upright RGB -> crop -> resize, in threads: Pillow decodes outside Python's lock ----
+
+
+def in_threads(function: Callable, items: Iterable) -> Iterator:
+    """function(item) of each item, in order, with a bounded number of them ahead.
+
+    Where it raises an Exception, the result is the reason, a string.
+    """
+
+    def safe(item):
+        try:
+            return function(item)
+        except Exception as error:  # damaged images raise OSError, SyntaxError, struct.error, IndexError, ...
+            return reason_of(error)
+
+    threads, items = os.cpu_count() or 1, iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(safe, item) for item in itertools.islice(items, 8 * threads))
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(safe, item) for item in itertools.islice(items, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+        return "is no image that Pillow can read"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def decode_all(names, read, height: int, width: int, crop: str, seed: int) -> Iterator[np.ndarray]:
+    """The images that can be decoded, in order. The others are counted and the first five named, on stderr."""
+
+    def decode(name: str) -> np.ndarray:
+        return decode_image(read(name), height, width, crop, *displacement(seed, name))
+
+    skipped = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 200,000 images have much to warn of
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for done, (name, image) in enumerate(zip(names, in_threads(decode, names)), 1):
+            if isinstance(image, str):
+                skipped.append(f"{name!r}: {image}")
+            else:
+                yield image
+            if done % 10_000 == 0 or done == len(names):
+                print(f"{done:,} of {len(names):,} images decoded", file=sys.stderr, flush=True)
+    if len(skipped) == len(names):
+        raise UserError(f"--data: none of the {len(names):,} images can be used; the first: {skipped[0]}")
+    report_skipped(skipped, len(names), "images")
+
+
+def report_skipped(skipped: list[str], count: int, what: str) -> None:
+    if skipped:
+        first = "\n  ".join(skipped[:5])
+        print(f"skipped {len(skipped):,} of {count:,} {what}:\n  {first}", file=sys.stderr)
 
 
 def displacement(seed: int, name: str) -> tuple[int, int]:
-    """How far CelebA-syn moves the cut out of an image: dx and dy, px, each uniform on -25, -24 … 25.
+    """How far CelebA-syn moves the crop of an image: dx and dy in pixels, each uniform on -25, -24 … 25.
 
-    It follows from the seed and the image's name below its folder or in its zip, and from nothing else: what
-    other images there are, their order and the number of workers change nothing.
-    Source: section 3.8, which says nothing of whole pixels; a cut between them would blur.
+    It follows from the seed and the image's name alone. Source: section 3.8; whole pixels are ours.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()
     dx, dy = (int.from_bytes(part, "big") % 51 - 25 for part in (digest[:16], digest[16:]))
     return dx, dy
 
 
-def decode_displaced(file: tuple[str, bytes], height: int, width: int, seed: int) -> np.ndarray:
-    """As decode_image, of the name and bytes of an image of CelebA-syn."""
-    name, data = file
-    return decode_image(data, height, width, "celeba-syn", *displacement(seed, name))
-
-
 def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, dy: int = 0) -> np.ndarray:
-    """Turn the bytes of an image file into upright RGB pixels of one size.
+    """Turn the bytes of an image file into upright RGB pixels of one size: (height, width, 3) uint8.
 
-    Args:
-        data: the whole file.
-        height, width: size of the result in px.
-        crop: see load_images.
-        dx, dy: how far to the right and down the cut of "celeba-syn" is moved, in px.
-
-    Returns: (height, width, 3), uint8.
-    Raises: ValueError where "celeba" or "celeba-syn" does not fit, and whatever Pillow raises for files that
-        it can't read.
+    Args: crop: see `load_images`; dx, dy: how far to the right and down "celeba-syn" moves it, in pixels.
+    Raises: ValueError where "celeba" or "celeba-syn" does not fit, and what Pillow raises.
     """
     image = read_rgb(data)
     w, h = image.size
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
             raise ValueError(f"is {w} x {h}, but --crop {crop} needs the aligned 178 x 218")
-        left, top = 25 + dx, 50 + dy
+        left, top = (25 + dx, 50 + dy) if crop == "celeba-syn" else (25, 50)
         box = (left, top, left + 128, top + 128)
     elif crop == "squash":
         box = (0, 0, w, h)
@@ -295,7 +309,7 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
         box_w, box_h = min(w, max(1, h * width // height)), min(h, max(1, w * height // width))
         left, top = (w - box_w) // 2, (h - box_h) // 2  # whole pixels: an image that fits is not blurred
         box = (left, top, left + box_w, top + box_h)
-    # Lanczos has its antialiasing built in; the gap lets it average large photographs down cheaply first.
+    # Lanczos averages where it reduces. The gap lets Pillow average large photographs cheaply first.
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
 
 
@@ -306,22 +320,16 @@ def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     # Each scan goes over all pixels, however few bytes it has: a megabyte of them would take many minutes.
     scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
-    if image.width * image.height * scans > MOST_SCANNED:
+    if image.width * image.height * scans > MAX_SCANNED:
         raise ValueError(f"has {scans} scans of {image.width} x {image.height} pixels")
     if enough and image.width % 8 == image.height % 8 == 0:  # whole blocks, which shrink exactly
         image.draft(None, enough)
     image.load()
-    with contextlib.suppress(Exception):  # pixels are good even where the EXIF block is not
-        image = ImageOps.exif_transpose(image)  # a copy: with the original its decoder goes, a GB of WebP's
-    return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":
-        # More than 8 bits, which convert() would clip to white. Integers range to 65,535 wherever they fit,
-        # as in every 16-bit PNG; floats have no range by definition, so the smallest usual one that fits.
+    with contextlib.suppress(Exception):  # the pixels are good even where the EXIF block is not
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip to white
         values = np.nan_to_num(np.asarray(image, np.float32))
-        limits = (1, 255, 65535) if image.mode == "F" else (65535,)
+        limits = (1, 255, 65535) if image.mode == "F" else (65535,)  # floats have no range by definition
         top = next((limit for limit in limits if values.max() <= limit), values.max())
         image = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -330,488 +338,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def reason_of(error: Exception) -> str:
-    """Why an image could not be read, as one line for its reader."""
-    if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-        return "is no image that Pillow can read"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _serve() -> None:
-    """Do the work that comes down stdin until it closes: the whole life of a decoding process."""
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    warnings.simplefilter("ignore")  # 200,000 images have much to complain of; errors come back as reasons
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    results, reasons = [], []
-    # The parent's end, however violent, closes the pipes; then there is nobody left to tell.
-    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-        work, options = pickle.load(stdin)
-        while True:
-            data = pickle.load(stdin)
-            if data is None:  # the end of a chunk
-                pickle.dump((b"".join(results), reasons), stdout)
-                stdout.flush()
-                results, reasons = [], []
-                continue
-            reason = ""
-            try:
-                results.append(bytes(globals()[work](data, *options)))
-            except Exception as error:  # broken files raise OSError, SyntaxError, struct.error, IndexError...
-                reason = reason_of(error)
-            reasons.append(reason)
-    os._exit(0)  # no flushing into a closed pipe
-
-
-def _decode_all(
-    names: list[str], read: Callable[[str], bytes], how: tuple[int, int, str, int], workers: int
-) -> Iterator[tuple[bytes, int]]:
-    """Yield the pixels of the images in the order of their names, each block with the count it stands for.
-
-    Args: how: height, width, crop and seed, see load_images.
-    """
-    height, width, crop, seed = how
-    per_chunk, skipped = max(1, min(64, 2**21 // (height * width * 3))), []
-    if crop == "celeba-syn":  # the only one for which a name means something
-        work = "decode_displaced", (height, width, seed), names, lambda name: (name, read(name))
-    else:
-        work = "decode_image", (height, width, crop), names, read
-    blocks = _in_processes(*work, per_chunk, workers)
-    with contextlib.closing(blocks):
-        for pixels, count, bad in blocks:
-            skipped += bad
-            yield pixels, count
-    if len(skipped) == len(names):
-        raise UserError(f"--data: none of the {len(names):,} images can be used; the first: {skipped[0]}")
-    _name_skipped(skipped, len(names), "images")
-
-
-def _name_skipped(skipped: list[str], count: int, what: str) -> None:
-    if skipped:
-        first = "\n  ".join(skipped[:5])
-        print(f"skipped {len(skipped):,} of {count:,} {what}:\n  {first}", file=sys.stderr)
-
-
-def _in_processes(
-    work: str, options: tuple, names: list[str], read: Callable[[str], object], per_chunk: int, workers: int
-) -> Iterator[tuple[bytes, int, list[str]]]:
-    """Yield what a function of this file makes of what read gives for the names, in their order.
-
-    Args:
-        work: the name of the function, called as work(read(name), *options); it returns bytes, or an array.
-        per_chunk: number of names that are worked on at a time.
-
-    Returns: for each chunk, its results joined, its number of names, and "NAME: REASON" of those that failed.
-
-    One thread per decoding process reads files and sends them down a pipe, which holds it back when it is
-    ahead, so that memory stays bounded. They are plain new processes and not multiprocessing's: forking
-    a program with threads (torch has some) may deadlock, and spawn and forkserver import its main file, and
-    torch with it, in each. When this process is killed their pipes close, and they end.
-    """
-    chunks = iter([names[i : i + per_chunk] for i in range(0, len(names), per_chunk)])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, -(-len(names) // per_chunk))
-    code = f"import sys; sys.path.insert(0, '.'); from {Path(__file__).stem} import _serve; _serve()"
-    idle = queue.SimpleQueue()
-
-    def serve(chunk: list[str]) -> tuple[bytes, int, list[str]]:
-        process, unread = idle.get(), {}
-        try:
-            for name in chunk:
-                try:
-                    data = read(name)
-                except Exception as error:  # encrypted, bad checksum, unknown compression, no permission...
-                    data, unread[name] = b"", reason_of(error)
-                pickle.dump(data, process.stdin)
-            pickle.dump(None, process.stdin)
-            process.stdin.flush()
-            results, reasons = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            text = f"one of --workers {workers} died near {chunk[0]}; if memory is short, try fewer"
-            raise UserError(text) from error
-        finally:
-            idle.put(process)
-        bad = [f"{name!r}: {unread.get(name, reason)}" for name, reason in zip(chunk, reasons) if reason]
-        return results, len(chunk), bad
-
-    pool, processes = ThreadPoolExecutor(workers), []
-    try:
-        for _ in range(workers):
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                cwd=Path(__file__).resolve().parent,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the parent alone; next line: the same on Windows
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-            processes.append(process)
-            pickle.dump((work, options), process.stdin)
-            idle.put(process)
-        pending = deque(pool.submit(serve, chunk) for chunk in itertools.islice(chunks, 2 * workers))
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(serve, chunk) for chunk in itertools.islice(chunks, 1))
-            yield result
-    finally:
-        for process in processes:
-            process.kill()
-        pool.shutdown(cancel_futures=True)
-        for process in processes:
-            with contextlib.suppress(OSError), process:
-                pass  # closes its pipes and waits for it
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The cache file
-# ---------------------------------------------------------------------------------------------------------
-
-
-def _store(path: Path, blocks: Iterator[tuple[bytes, int]], count: int, height: int, width: int) -> None:
-    """Write images to a .npy file that appears under its name only when it is whole.
-
-    Args:
-        path: where to.
-        blocks: pixels, and the number of images of the source that they stand for.
-        count: number of images of the source, more than there are in blocks where some are skipped.
-        height, width: size of each image in px.
-    """
-    need = HEADER_BYTES + count * height * width * 3
-    done = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent, "*-" + 16 * "[0-9a-f]")  # of other photographs too, for these files are large
-        if shutil.disk_usage(path.parent).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with _whole(path) as file:
-            file.write(bytes(HEADER_BYTES))
-            file.flush()
-            for block, images in blocks:
-                file.write(block)
-                done += images
-                _progress(done, images, count, "images")
-            # The header comes last, because only now the number of good images is known.
-            shape = ((file.tell() - HEADER_BYTES) // (height * width * 3), height, width, 3)
-            header = io.BytesIO()
-            fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(header, fields)
-            assert len(header.getvalue()) == HEADER_BYTES
-            file.seek(0)
-            file.write(header.getvalue())
-    except OSError as error:
-        why, megabytes = error.strerror or error, f"{need / 1e6:,.1f} MB"
-        raise UserError(f"--cache {path.parent}: {why}; name a folder with room for {megabytes}") from error
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name when the block has ended well; else nothing is left of it."""
-    # A name of its own: two processes may make the same at once, and the later rename wins.
-    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            if fcntl:
-                with contextlib.suppress(OSError):  # not every network file system has locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if not fcntl:
-                file.close()  # Windows renames no open file; elsewhere the lock must last until the rename
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # as a rule it is gone by now, renamed
-            temporary.unlink()
-
-
-def _progress(done: int, step: int, count: int, what: str) -> None:
-    """Tell on stderr, a few times in all, how many are done, of which a step just now."""
-    tty = sys.stderr.isatty()
-    times = 100 if tty else 4
-    if done == count or done * times // count > (done - step) * times // count:
-        start, end = ("\r", "\n" if done == count else "") if tty else ("", "\n")
-        print(f"{start}{done:,} of {count:,} {what} ready{end}", end="", file=sys.stderr, flush=True)
-
-
-def _sweep(folder: Path, stem: str) -> None:
-    """Delete what killed processes left behind of files whose names, without ending, match a pattern."""
-    for old in folder.glob(f"{stem}.{8 * '[0-9a-f]'}.tmp"):
-        # OSError: somebody is still writing it. Who finds it empty may have come just before its lock.
-        with contextlib.suppress(OSError), open(old, "r+b") as file:
-            found = os.fstat(file.fileno())
-            if found.st_size == 0 and time.time() - found.st_mtime < 60:
-                continue
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                file.close()
-            old.unlink()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Panoramas: cube maps and equirectangular images -> images of a cylinder
-# ---------------------------------------------------------------------------------------------------------
-
-# Right, up and out of each face of a cube, in x (right), y (up), z (front). Seen from inside, the point a to
-# the right and b up in [-1, 1] of a face lies in the direction a · right + b · up + out.
-FACES = np.array(
-    [
-        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],  # front
-        [[0, 0, -1], [0, 1, 0], [1, 0, 0]],  # right
-        [[-1, 0, 0], [0, 1, 0], [0, 0, -1]],  # back
-        [[0, 0, 1], [0, 1, 0], [-1, 0, 0]],  # left
-        [[1, 0, 0], [0, 0, -1], [0, 1, 0]],  # up
-        [[1, 0, 0], [0, 0, 1], [0, -1, 0]],  # down
-    ]
-)
-FACE_NAMES = (  # in the order of FACES; the first are Matterport's
-    ("skybox1_sami", "skybox2_sami", "skybox3_sami", "skybox4_sami", "skybox0_sami", "skybox5_sami"),
-    ("pz", "px", "nz", "nx", "py", "ny"),
-    ("posz", "posx", "negz", "negx", "posy", "negy"),
-    ("f", "r", "b", "l", "u", "d"),
-)
-
-
-def make_panoramas(source: str, folder: str, view: tuple[int, int, str, float], workers: int = 0) -> str:
-    """Make an image of the cylinder around each place of which a source has a cube map or a 2:1 image.
-
-    Args:
-        source: a folder or a zip.
-        folder: where the images go, as PNG; those that it has already are not made again.
-        view: see draw_panorama.
-        workers: number of processes, 0 for one per core.
-
-    Returns: a line that says what was done. Raises: UserError.
-    """
-    if not folder:
-        raise UserError("DST is empty; name a folder")
-    source, target = os.path.expanduser(source), Path(os.path.expanduser(folder))
-    origin, goal = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    if origin == goal or origin in goal.parents or (goal in origin.parents and origin.is_dir()):
-        raise UserError(f"DST {folder} and SRC {source} are one, or one is in the other; name another DST")
-    with contextlib.ExitStack() as stack:
-        if os.path.isdir(source):
-            names, fetch = _open_folder(source, _list_folder(source))
-        elif os.path.isfile(source):
-            names, fetch = _open_zip(source, stack)
-        else:
-            raise UserError(f"SRC {source} does not exist; give a folder or a zip of images")
-        places = _places(sorted(names), origin.stem)
-
-        def read(label: str) -> dict[str, bytes]:
-            _, files, fault = places[label]
-            if fault:
-                raise ValueError(fault)
-            return {name: fetch(name) for name in files}
-
-        settings = json.dumps(dict(zip(("rows", "columns", "projection", "latitude"), view)))
-        record, made, skipped = target / "panorama.json", 0, []
-        try:
-            before = " ".join(record.read_text(errors="replace").split()) if record.exists() else ""
-            if before not in ("", settings):
-                raise UserError(f"DST {folder} has panoramas of other settings, {before}; name another")
-            if not before and target.is_dir() and _list_folder(str(target)):
-                raise UserError(f"DST {folder} holds images from elsewhere; name a new or empty folder")
-            _sweep(target, "*")
-            todo = [label for label in places if not (target / places[label][0]).exists()]
-            results = _in_processes("draw_panorama", view, todo, read, 1, workers)
-            stack.enter_context(contextlib.closing(results))
-            for done, (label, (png, _, bad)) in enumerate(zip(todo, results), 1):
-                if png:
-                    if not before and not made:
-                        target.mkdir(parents=True, exist_ok=True)
-                        with _whole(record) as file:
-                            file.write(settings.encode())
-                    with _whole(target / places[label][0]) as file:
-                        file.write(png)
-                    made += 1
-                skipped += bad
-                _progress(done, 1, len(todo), "panoramas")
-        except OSError as error:
-            raise UserError(f"DST {folder}: {error.strerror or error}; name another folder") from error
-    if len(skipped) == len(places):
-        sought = ", ".join(" ".join(names) for names in FACE_NAMES)
-        first = f" (first of {len(skipped)}: {skipped[0]})" if skipped else ""
-        raise UserError(f"SRC {source} holds no panorama{first}; looked for 2:1 images and faces: {sought}")
-    _name_skipped(skipped, len(places), "panoramas")
-    there = len(places) - len(todo)
-    return f"{made:,} panoramas made, {there:,} were there already, {len(skipped):,} skipped, in {target}"
-
-
-def _places(names: list[str], title: str) -> dict[str, tuple[str, list[str], str]]:
-    """Sort the names of images into places to make a panorama of.
-
-    Args:
-        names: sorted.
-        title: for a cube map whose faces have no name but "f", "r"...
-
-    Returns: for each place, by what to call it: the name of its panorama, its images (six in the order of
-    FACES, or one), and what is wrong with them, if anything.
-    """
-    pattern = re.compile(rf"(|.*[/\\_. -])({'|'.join(itertools.chain(*FACE_NAMES))})\.\w+", re.I | re.S)
-    cubes, found = {}, {name: (os.path.splitext(name)[0], [name], "") for name in names}
-    for name in names:
-        if match := pattern.fullmatch(name):
-            family = next(family for family in FACE_NAMES if match[2].lower() in family)
-            cubes.setdefault((match[1], family), []).append((family.index(match[2].lower()), name))
-    for (prefix, family), faces in cubes.items():
-        lacks = [face for i, face in enumerate(family) if i not in dict(faces)]
-        if len(lacks) < 3:  # else a stereo pair called l and r, or chance: each is seen by itself
-            files = [name for _, name in sorted(faces)]
-            fault = f"lacks {' '.join(lacks)}" if lacks else "has two of one face" * (len(files) > 6)
-            for name in files:
-                del found[name]
-            found[f"{prefix}[{' '.join(family)}]"] = prefix, files, fault
-
-    def clean(stem: str) -> str:
-        """Join folders by "+", which itself is quoted, as is all that might not go into a name."""
-        stem = stem.replace("\\", "/").strip("/_. -") or title
-        stem = re.sub(r"[^\w ./-]", lambda match: quote(match[0], errors="surrogateescape"), stem)
-        return stem.replace("/", "+")
-
-    counts, places = Counter(clean(stem).casefold() for stem, _, _ in found.values()), {}
-    for label, (stem, files, fault) in sorted(found.items()):
-        stem = clean(stem)
-        if counts[stem.casefold()] > 1 or len(os.fsencode(stem)) > 200:
-            stem = f"{stem[:50]}-{hashlib.sha256(os.fsencode(label)).hexdigest()[:8]}"
-        places[label] = f"{stem}.png", files, fault
-    return places
-
-
-def draw_panorama(
-    files: dict[str, bytes], rows: int, columns: int, projection: str, latitude: float
-) -> bytes:
-    """Draw the cylinder around the six faces of a cube map, or around one equirectangular image.
-
-    Args:
-        files: name and content of each image, the faces in the order of FACES.
-        rows, columns: size of the panorama in px; columns are evenly spaced in longitude, from -π to π.
-        projection: "equirectangular", rows evenly spaced in latitude v, or "mercator", in ln tan(π/4 + v/2).
-        latitude: of the upper border in degrees; the lower one is as far below the horizon.
-
-    Returns: a PNG. Raises: ValueError, which names the image, where they do not make a panorama.
-    """
-    view, cube = (rows, columns, projection, latitude), len(files) == 6
-    enough, down, right, step = _samples(cube, view)
-    images, sizes = [], []
-    for name, content in files.items():
-        try:
-            image = read_rgb(content, (enough if cube else 2 * enough, enough))
-            if image.height > enough and image.width == image.height * (1 if cube else 2):
-                # Now, or six large ones would be in memory.
-                size = (enough if cube else 2 * enough, enough)
-                image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-            images.append(image)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                sizes.append(image.size)  # as it was before read_rgb made it smaller
-        except Exception as error:
-            raise ValueError(f"{name!r}: {reason_of(error)}" if cube else reason_of(error)) from error
-    usual = max(sizes, key=sizes.count)
-    for name, (w, h), image in zip(files, sizes, images):
-        if cube and ((w, h) != usual or w != h):
-            raise ValueError(f"{name!r} is {w} x {h}; the faces must be squares of one size")
-        if not cube and image.width != 2 * image.height:
-            raise ValueError(f"is {w} x {h}: neither 2:1 nor one of six faces")
-
-    # Sources have a border of one pixel, so that between two faces, or ends, it is the other's pixels that
-    # are interpolated. Corners lie between borders, hence the second round.
-    side = min(enough, *(image.height for image in images))
-    size = (side if cube else 2 * side, side)
-    images = [np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)) for image in images]
-    pixels = np.pad(np.stack(images).transpose(3, 0, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(3, -1)
-    border, *taps = _border(cube, side)
-    for _ in range(2):
-        pixels[:, border] = _interpolate(pixels, *taps) + 0.5
-
-    result = np.empty((rows, columns, 3), np.uint8)
-    for start in range(0, rows, step):
-        samples = _interpolate(pixels, *_band(cube, side, view, start)).reshape(3, -1, down, columns, right)
-        total = sum(samples[:, :, y, :, x] for y in range(down) for x in range(right))
-        result[start : start + step] = (total / (down * right) + 0.5).transpose(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(result).save(file, "PNG", compress_level=1)  # half the time of 6, a tenth more bytes
-    return file.getvalue()
-
-
-@functools.lru_cache
-def _samples(cube: bool, view: tuple) -> tuple[int, int, int, int]:
-    """Return how high a source need be, the samples of a pixel down and right, and the rows of a band."""
-    rows, columns, *kind = view
-    density = np.array([1 / np.abs(np.diff(_latitudes(rows, *kind))).max(), columns / (2 * np.pi)])
-    finest = density.max()  # in px per radian on the horizon
-    # Two samples a pixel each way, 7/8 of a source's pixel apart in the middle of a face: measured to be as
-    # good for photographs as three are, and to turn a checkerboard grey.
-    enough = math.ceil(1.75 * finest * (2 if cube else np.pi))
-    down, right = np.minimum(np.rint(2 * finest / density), 8).astype(int).tolist()
-    return enough, down, right, max(1, 2**17 // (columns * down * right))
-
-
-def _latitudes(count: int, projection: str, latitude: float) -> np.ndarray:
-    height, top = 1 - (2 * np.arange(count) + 1) / count, np.radians(latitude)
-    if projection == "equirectangular":
-        return height * top
-    return np.arctan(np.sinh(height * np.arcsinh(np.tan(top))))  # arcsinh(tan v) = ln tan(π/4 + v/2)
-
-
-@functools.lru_cache(maxsize=32)
-def _band(cube: bool, side: int, view: tuple, start: int) -> tuple:
-    """Return where the samples of some rows of a panorama lie in a source: see _locate."""
-    rows, columns, *kind = view
-    _, down, right, step = _samples(cube, view)
-    v = _latitudes(rows * down, *kind)[start * down : (start + step) * down, None]
-    u = ((np.arange(columns * right) + 0.5) / (columns * right) - 0.5) * 2 * np.pi
-    return _locate(cube, side, _direction(u, v))
-
-
-@functools.lru_cache
-def _border(cube: bool, side: int) -> tuple:
-    """Return the places of a source's border, and where the same directions lie inside of it."""
-    mask = np.ones((6 if cube else 1, side + 2, (side if cube else 2 * side) + 2), bool)
-    mask[:, 1:-1, 1:-1] = False
-    face, row, column = mask.nonzero()
-    if cube:
-        a, b = (2 * column - 1) / side - 1, 1 - (2 * row - 1) / side
-        right, up, out = np.moveaxis(FACES[face], 0, -1)
-        direction = a * right + b * up + out
-    else:
-        direction = _direction(((column - 0.5) / side - 1) * np.pi, (0.5 - (row - 0.5) / side) * np.pi)
-    return mask.ravel().nonzero()[0], *_locate(cube, side, direction)
-
-
-def _direction(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return (x, y, z) of longitudes and latitudes, stacked."""
-    return np.stack(np.broadcast_arrays(np.cos(v) * np.sin(u), np.sin(v), np.cos(v) * np.cos(u)))
-
-
-def _locate(cube: bool, side: int, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Find directions (3, ...) in a source with a border.
-
-    Returns: index of the pixel to the upper left of each, how far below and to the right of that pixel's
-    centre it is, and the length of a row.
-    """
-    if cube:
-        along = np.einsum("fij,j...->if...", FACES, direction)  # right, up and out of each face
-        face = along[2].argmax(0)
-        right, up, out = np.take_along_axis(along, face[None, None], 1)[:, 0]
-        row, column, wide = (1 - up / out) / 2 * side, (1 + right / out) / 2 * side, side
-    else:
-        x, y, z = direction
-        row, column = 0.5 - np.arctan2(y, np.hypot(x, z)) / np.pi, 1 + np.arctan2(x, z) / np.pi
-        face, row, column, wide = 0, row * side, column * side, 2 * side
-    row, column = row + 0.5, column + 0.5  # a pixel's centre is half a pixel in, and the border is one wide
-    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
-    index = (face * (side + 2) + top) * (wide + 2) + left
-    return index.ravel(), *(x.ravel().astype(np.float32) for x in (row - top, column - left)), wide + 2
-
-
-def _interpolate(pixels: np.ndarray, index, down, right, length: int) -> np.ndarray:
-    weights = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
-    places = (index, index + 1, index + length, index + length + 1)
-    return np.stack([sum(channel[i] * w for i, w in zip(places, weights)) for channel in pixels])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Toys
-# ---------------------------------------------------------------------------------------------------------
+# ---- Toys --------------------------------------------------------------------------------------------------
 
 SKIN = ((255, 224, 196), (241, 194, 160), (224, 172, 125), (198, 134, 90), (141, 85, 54), (92, 56, 38))
 HAIR = ((24, 20, 20), (59, 39, 28), (110, 70, 40), (165, 66, 32), (226, 190, 115), (176, 174, 172))
@@ -1010,62 +537,3 @@ def _draw_landscapes(draws: np.ndarray, y: np.ndarray, x: np.ndarray, pixel: flo
 
 
 TOYS = {"toy:faces": toy_faces, "toy:landscapes": toy_landscapes}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------
-
-
-def print_all_names() -> None:
-    """Let print show a name that is not UTF-8 with backslashes, as stderr does, and not raise."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as UserError."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 for a mistake of the user's, or 130 after Ctrl-C."""
-    print_all_names()
-    parser = Parser(prog="data.py", description="Turn cube maps and 2:1 images into panoramas for training.")
-    commands = parser.add_subparsers(metavar="panorama", required=True)
-    add = commands.add_parser("panorama", description=parser.description).add_argument
-    add("source", metavar="SRC", help="folder or zip of cube maps and equirectangular images")
-    add("folder", metavar="DST", help="folder for the panoramas")
-    add("--size", default="256x768", metavar="HxW", help="rows x columns in px (256x768)")
-    add("--projection", default="equirectangular", choices=("equirectangular", "mercator"), help="of rows")
-    add("--latitude", type=float, help="of the upper border in degrees (60; mercator: for square pixels)")
-    add("--workers", type=int, default=0, help="number of processes (0: one per core)")
-    try:
-        args = parser.parse_args(argv)
-        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", args.size, re.ASCII)
-        rows, columns = map(int, size.groups()) if size else (0, 0)
-        if not (4 <= rows <= 8192 and 4 <= columns <= 8192):
-            raise UserError(f"--size {args.size} is no size; give rows x columns, each 4 to 8192: 256x768")
-        # Mercator's pixels are square where a radian on the horizon, W/2π of them wide, is as many high.
-        square = math.degrees(2 * math.atan(math.tanh(math.pi * rows / columns / 2)))
-        mercator = args.projection == "mercator"
-        latitude = args.latitude if args.latitude is not None else round(square, 4) if mercator else 60.0
-        if not (0 < latitude < 90 or latitude == 90 and not mercator):
-            raise UserError(f"--latitude {latitude:g} is out of range; give above 0 to 90, mercator under 90")
-        if not 0 <= args.workers <= 1024:
-            raise UserError(f"--workers {args.workers} is out of range; give 1 to 1024, or 0: one per core")
-        view = rows, columns, args.projection, latitude
-        print(make_panoramas(args.source, args.folder, view, args.workers))
-    except UserError as error:
-        print("error:", str(error).removeprefix("--data "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"train on them: python coco_gan.py train --panorama --data {shlex.quote(args.folder)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,59 +1,85 @@
 """Look around in a generated panorama as a headset would: only the micro patches in sight are made.
 
-    python -m experiments.view --yaw 90 --pitch 0 --fov 75 --size 640x480   # what a headset would see
-    python -m experiments.view --pan out.gif                                # a full turn, which loops
-    python -m experiments.view --fov 90 --benchmark                         # how long head movements take
+    python -m experiments.view --yaw 90 --fov 75 --size 480x640    # a perspective view
+    python -m experiments.view --pan --out turn.gif                # a full turn, which loops
+    python -m experiments.view --benchmark                         # how long head movements take
+    python -m experiments.view --viewport 8,-20,16,40              # a rectangle of the full image
+    python -m experiments.view --full --out big.png                # all of it, with little memory
 
-The view is that of a pinhole camera in the middle of the cylinder: what is straight in the world is straight
-in the view. What lies beyond the panorama's latitudes is black. Pixels are interpolated between the nearest
-four of the panorama, which is enough as long as the view shows it about as large as it is, or larger.
+A view is that of a pinhole camera in the middle of a cylinder, black beyond the panorama's latitudes. The
+last two commands are for any topology. Source: section 3.4, partial generation; views are not in the paper.
 """
 
 import argparse
+import io
 import math
-import os
-import re
+import struct
 import sys
 import time
-from functools import partial
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from coco_gan import (
-    PICTURES,
-    Generator,
-    Parser,
-    Scene,
-    choose_device,
-    find_checkpoint,
-    free_name,
-    latents,
-    load,
-    memory,
-    picture_folder,
-    run_command,
-    save_picture,
-    tell_newest,
-    whole,
-    writing,
-)
-from data import UserError
-
-LONGEST_SIDE = 4096  # of a view, pixels
-FRAMES = 36
-MOST_PIXELS = 2**28  # of an animation, all of whose frames are in memory
-MILLISECONDS = 100  # that an animation shows each frame
-TURNS = 4  # that the benchmark takes, the first of them to warm up
+import coco_gan
+from coco_gan import Generator, Parser, latents, micro_patches, positive, save_picture, to_uint8
+from data import UserError, atomic, write_file
+from experiments.panorama import add_projection, choose_latitude, picture_size
 
 
-def directions(yaw, pitch, fov, height: int, width: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Longitude and latitude in which each pixel of the view looks: two (height, width), in radians.
+class Scene:
+    """A full image of which no part exists before somebody looks at it. Args: z (1, z_dim) in [-1, 1].
 
-    Args: yaw to the right, pitch upwards and horizontal field of view, in degrees. x is right, y up, z front;
-    a ray goes through the centre of its pixel on the plane z = 1, and is then pitched, and turned.
+    `made` is the number of micro patches made so far, each of them once.
+    """
+
+    def __init__(self, G: Generator, z: torch.Tensor):
+        self.G, self.z, self.made, device = G, z, 0, next(G.parameters()).device
+        self.image = torch.empty(G.config.height, G.config.width, 3, device=device)
+        self.is_made = torch.zeros(G.config.R, G.config.K, dtype=torch.bool, device=device)
+
+    def pixels(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The pixels of `full_image` (up to rounding) in rows y and columns x, modulo its height and width.
+
+        Args: int64 whose shapes broadcast to (…), on the device of G. Returns: (…, 3) float32 in [-1, 1].
+        """
+        config = self.G.config
+        R, K, S = config.R, config.K, config.S
+        y, x = y % config.height, x % config.width
+        seen = torch.zeros_like(self.is_made)
+        seen[y // S, x // S] = True
+        i, j = (seen & ~self.is_made).nonzero(as_tuple=True)
+        if len(i):
+            patches = micro_patches(self.G, self.z.expand(len(i), -1), i, j)  # (n, 3, S, S)
+            self.image.view(R, S, K, S, 3)[i, :, j] = patches.permute(0, 2, 3, 1)
+            self.is_made |= seen
+            self.made += len(i)
+        return self.image[y, x]
+
+    def viewport(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The rectangle of pixels from (top, left), which wraps around where borders meet.
+
+        Returns: (height, width, 3) uint8. Raises: UserError for one that is empty or reaches beyond a border.
+        """
+        config, (down, across) = self.G.config, self.G.config.closed
+        inside = (down or 0 <= top <= config.height - height) and (
+            across or 0 <= left <= config.width - width
+        )
+        if not inside or min(height, width) < 1:
+            found = f"--viewport {top},{left},{height},{width} is not within the full image"
+            raise UserError(f"{found}, which has {config.height} x {config.width} pixels")
+        y = torch.arange(top, top + height, device=self.image.device).unsqueeze(1)
+        x = torch.arange(left, left + width, device=self.image.device)
+        return to_uint8(self.pixels(y, x).permute(2, 0, 1).unsqueeze(0))[0]
+
+
+def directions(yaw: float, pitch: float, fov: float, height: int, width: int, device):
+    """Longitude and latitude of the ray through each pixel of a view: two (height, width), in radians.
+
+    Args: yaw to the right, pitch upwards, horizontal field of view: in degrees. x is right, y up, z front. A
+    ray goes through the centre of its pixel on the plane z = 1, is then pitched, and then turned.
     """
     yaw, pitch = math.radians(yaw % 360), math.radians(pitch)
     pixel = 2 * math.tan(math.radians(fov) / 2) / width  # on the plane
@@ -63,158 +89,144 @@ def directions(yaw, pitch, fov, height: int, width: int, device) -> tuple[torch.
     return yaw + torch.atan2(x, front), torch.atan2(up, (x.square() + front.square()).sqrt())
 
 
-def position(longitude, latitude, height: int, width: int, border: float, mercator: bool):
-    """Row and column of a panorama (height, width) in a direction, whole numbers at the centres of pixels.
+def look(scene: Scene, yaw, pitch, fov, height, width, projection: str, border: float) -> np.ndarray:
+    """The view (height, width, 3) uint8, interpolated between the nearest four pixels of the panorama.
 
-    Args: longitude, latitude (…) in radians, 0 in its middle; border: its highest latitude, in degrees.
-    Returns: two (…); columns may lie outside, by a turn or two.
+    Args: as of `directions`; projection and border: of the panorama, and its highest latitude in degrees.
     """
-    border = math.radians(border)
-    if mercator:  # asinh tan v = ln tan(π/4 + v/2)
-        latitude, border = torch.asinh(torch.tan(latitude)), math.asinh(math.tan(border))
-    return (1 - latitude / border) * height / 2 - 0.5, (longitude / math.tau + 0.5) * width - 0.5
-
-
-def look(scene: Scene, yaw, pitch, fov, height: int, width: int, border, mercator: bool) -> torch.Tensor:
-    """The view (height, width, 3) uint8, on the device of the scene. Args: of `directions` and `position`."""
-    config, device = scene.G.config, scene.patches.device
-    longitude, latitude = directions(yaw, pitch, fov, height, width, device)
-    inside = latitude.abs() <= math.radians(border)
+    config, border = scene.G.config, math.radians(border)
+    longitude, latitude = directions(yaw, pitch, fov, height, width, scene.image.device)
+    inside = latitude.abs() <= border
     longitude, latitude = longitude[inside], latitude[inside]  # (n,)
-    picture = torch.zeros(height, width, 3, dtype=torch.uint8, device=device)
-    if len(latitude):
-        y, x = position(longitude, latitude, config.height, config.width, border, mercator)
-        above, left = y.floor(), x.floor()
-        rows = torch.stack([above, above + 1]).long().clamp(0, config.height - 1)
-        columns = torch.stack([left, left + 1]).long()
-        pixels = scene.pixels(rows.unsqueeze(1), columns).float()  # (2, 2, n, 3)
-        upper, lower = pixels[:, 0].lerp(pixels[:, 1], (x - left).unsqueeze(1))
-        picture[inside] = upper.lerp(lower, (y - above).unsqueeze(1)).round().byte()
-    return picture
-
-
-def turn(scene: Scene, see, yaw: float, frames: int):
-    """Turn to the right by 360 degrees in equal steps, the last of which would lead to the first view again.
-
-    Yields: the picture (height, width, 3) uint8 in main memory, the number of micro patches made for it, and
-    the seconds that it took.
-    """
-    for frame in range(frames):
-        made, started = scene.made, time.perf_counter()
-        picture = see(scene, yaw + 360 * frame / frames).cpu().numpy()  # which waits for a GPU
-        yield picture, scene.made - made, time.perf_counter() - started
-
-
-def save_animation(pictures, path: Path) -> None:
-    """Write a GIF or a WebP that repeats for ever, whole or not at all."""
-    images = [Image.fromarray(picture) for picture in pictures]
-    if path.suffix.lower() == ".gif":  # 256 colours a frame, dithered, or a sky is in bands
-        images = [image.quantize(palette=image.quantize()) for image in images]
-    options = dict(save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
-    with whole(path) as part:
-        images[0].save(part, format=path.suffix[1:].upper(), **options)
+    if projection == "mercator":  # asinh tan v = ln tan(π/4 + v/2)
+        latitude, border = torch.asinh(torch.tan(latitude)), math.asinh(math.tan(border))
+    y = (1 - latitude / border) * config.height / 2 - 0.5  # integers are the centres of pixels
+    x = (longitude / math.tau + 0.5) * config.width - 0.5
+    above, left = y.floor(), x.floor()
+    rows = torch.stack([above, above + 1]).long().clamp(0, config.height - 1)
+    columns = torch.stack([left, left + 1]).long()
+    pixels = scene.pixels(rows.unsqueeze(1), columns)  # (2, 2, n, 3)
+    upper, lower = pixels[:, 0].lerp(pixels[:, 1], (x - left).unsqueeze(1))
+    picture = torch.full((height, width, 3), -1.0, device=scene.image.device)  # black
+    picture[inside] = upper.lerp(lower, (y - above).unsqueeze(1))
+    return to_uint8(picture.permute(2, 0, 1).unsqueeze(0))[0]
 
 
 def benchmark(G: Generator, see, seed: int, yaw: float, frames: int) -> None:
-    """Print the times from a head movement to the picture in main memory, over full turns in new scenes."""
-    times = {"first view": [], "new patches": [], "no new patch": []}
-    for number in range(TURNS):
-        scene = Scene(G, latents([seed + number], G.config.z_dim))
-        for frame, (_, new, seconds) in enumerate(turn(scene, see, yaw, frames)):
-            kind = "first view" if frame == 0 else "new patches" if new else "no new patch"
-            times[kind] += [(1000 * seconds, new)] if number else []
-    for kind, values in times.items():
-        if values:
-            ms, new = np.array(values).T
-            spread = f"median {np.median(ms):7.2f} ms, {ms.min():.2f} to {ms.max():.2f}"
-            print(f"{kind:12}  {len(ms):4} times, {new.max():2.0f} micro patches at most: {spread}")
+    """Print the times from a head movement to the view see(scene, yaw) by how many micro patches are new."""
+    times = {}
+    for turn in range(4):  # the first is to warm up
+        scene = Scene(G, latents([seed + turn], G.config.z_dim))
+        for k in range(frames):
+            made, started = scene.made, time.perf_counter()
+            see(scene, yaw + 360 * k / frames)
+            ms = 1000 * (time.perf_counter() - started)
+            if turn > 0:
+                times.setdefault(scene.made - made, []).append(ms)
+    for new, ms in sorted(times.items()):
+        spread = f"median {np.median(ms):.2f} ms, {min(ms):.2f} to {max(ms):.2f}"
+        print(f"{new:3} new micro patches, {len(ms):4} times: {spread}")
 
 
-def check(args: argparse.Namespace) -> tuple[int, int]:
-    """Raise UserError for the first argument that is out of range; returns height and width of --size."""
-    mercator = args.projection == "mercator"  # whose poles are infinitely far
-    ranges = dict(yaw=(-360, 360), pitch=(-90, 90), fov=(10, 150), latitude=(1, 89 if mercator else 90))
-    for name, (low, high) in dict(**ranges, frames=(2, 360), seed=(0, 10**18)).items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # also refuses a NaN
-            projection = " with --projection mercator" if name == "latitude" and mercator else ""
-            raise UserError(f"--{name} {value} is out of range; give {low} to {high}{projection}")
-    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", args.size)
-    width, height = map(int, size.groups()) if size else (0, 0)
-    if not (1 <= width <= LONGEST_SIDE and 1 <= height <= LONGEST_SIDE):
-        given = f"--size {args.size} is no size of a picture"
-        raise UserError(f"{given}; give WIDTHxHEIGHT, each 1 to {LONGEST_SIDE} pixels, like 640x480")
-    if args.frames and not (args.pan or args.benchmark):
-        raise UserError(f"--frames {args.frames} is of a turn; add --pan or --benchmark, or leave it out")
-    if args.pan and (args.frames or FRAMES) * width * height > MOST_PIXELS:
-        most = f"give at most {MOST_PIXELS // (width * height)} --frames, or a smaller --size"
-        raise UserError(f"--size {args.size} is too large for {args.frames or FRAMES} frames; {most}")
-    return height, width
+def save_animation(pictures, path: Path) -> None:
+    """Write pictures (h, w, 3) uint8 as a GIF or WebP, 10 a second, that loops. Raises: UserError."""
+    kind = path.suffix[1:].upper()
+    if kind not in ("GIF", "WEBP"):
+        raise UserError(f"{path} is not the name of an animation; end it in .gif or .webp")
+    images = [Image.fromarray(picture) for picture in pictures]
+    if kind == "GIF":  # 256 colours a frame, dithered, or a sky has bands
+        images = [image.quantize(palette=image.quantize()) for image in images]
+    file = io.BytesIO()
+    images[0].save(file, format=kind, save_all=True, append_images=images[1:], duration=100, loop=0)
+    write_file(path, file.getvalue())
 
 
-def view(args: argparse.Namespace) -> None:
-    """From a checkpoint to a picture, to an animation or to a table of times."""
-    (height, width), device = check(args), choose_device(args.device)
-    path = find_checkpoint(args.checkpoint, panorama=True)
-    flag, endings = ("--pan", (".gif", ".webp")) if args.pan else ("--out", PICTURES)
-    out = Path(args.pan or args.out or free_name(picture_folder(path) / "view"))
-    if out.suffix.lower() not in endings:
-        raise UserError(f"{flag} {out} has no known ending; give {', '.join(endings)}")
-    if os.path.exists(out) and not args.force:
-        raise UserError(f"{flag} {out} exists already; name another, or add --force to replace it")
-    G = load(path, device, raw=args.raw)
-    config, frames, border = G.config, args.frames or FRAMES, args.latitude
-    if config.topology != "cylinder":
-        found = f"--checkpoint {path} is on a {config.topology}, and a view needs a cylinder's panorama"
+def save_png(parts, path: Path, height: int, width: int) -> None:
+    """Write a picture that comes in parts (h, width, 3) uint8 from top to bottom, with one in memory.
+
+    Source: Portable Network Graphics (PNG) Specification, sections 5, 9 and 11.
+    """
+    with atomic(path) as file:
+
+        def chunk(kind: bytes, data: bytes) -> None:
+            checksum = struct.pack(">I", zlib.crc32(kind + data))
+            file.write(struct.pack(">I", len(data)) + kind + data + checksum)
+
+        file.write(b"\x89PNG\r\n\x1a\n")
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))  # 8 bits, RGB, not interlaced
+        packer = zlib.compressobj()
+        for part in parts:
+            steps = np.diff(part, axis=1, prepend=np.uint8(0))  # filter 1: less the pixel to the left
+            lines = np.pad(steps.reshape(len(part), -1), ((0, 0), (1, 0)), constant_values=1)
+            chunk(b"IDAT", packer.compress(lines))
+        chunk(b"IDAT", packer.flush())
+        chunk(b"IEND", b"")
+
+
+def draw(args: argparse.Namespace) -> None:
+    """From a checkpoint to a picture, to an animation, or with --benchmark to a table."""
+    device, path = (
+        coco_gan.choose_device(args.device),
+        coco_gan.find_checkpoint(args.checkpoint, panorama=True),
+    )
+    G = coco_gan.load(path, device, raw=args.raw)
+    config, z = G.config, latents([args.seed], G.config.z_dim)
+    folder = Path("runs") if path.parent == coco_gan.ASSETS else path.parent
+    out = Path(args.out or folder / f"{path.stem}-view.{'gif' if args.pan else 'png'}")
+    if args.full and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} is not the name of a PNG, which --full writes; end it in .png")
+    if config.topology != "cylinder" and not (args.viewport or args.full):
+        found = f"{path} is on a {config.topology}, and a view needs a cylinder"
         raise UserError(f"{found}; train one with: python coco_gan.py train --panorama")
-    mercator = args.projection == "mercator"
-    if border is None:
-        square = math.atan(math.sinh(math.pi * config.height / config.width))  # where its pixels are square
-        border = math.degrees(square) if mercator else 60
-    shape = dict(height=height, width=width, border=border, mercator=mercator)
-    see = partial(look, pitch=args.pitch, fov=args.fov, **shape)
+    border = choose_latitude(args, config.height, config.width)
 
-    with memory(f"memory of {device} is full; try a smaller --size"), writing(flag, out):
-        if args.benchmark:
-            print(f"{args.size}, --fov {args.fov:g}, {frames} views a turn, {path}, on {device}")
-            return benchmark(G, see, args.seed, args.yaw, frames)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scene = Scene(G, latents([args.seed], config.z_dim))
-        if args.pan:
-            pictures, new, _ = zip(*turn(scene, see, args.yaw, frames))
-            save_animation(pictures, out)
-            print(f"{new[0]} micro patches generated for the first frame, at most {max(new[1:])} for another")
-        else:
-            save_picture(see(scene, args.yaw).cpu().numpy(), out)
-    print(f"{scene.made} of {config.R * config.K} micro patches generated")
-    tell_newest(args.checkpoint, path)
-    print(out)
+    def see(scene: Scene, yaw: float) -> np.ndarray:
+        return look(scene, yaw, args.pitch, args.fov, *args.size, args.projection, border)
+
+    if args.benchmark:
+        return benchmark(G, see, args.seed, args.yaw, args.frames)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.full:
+        rows = (to_uint8(coco_gan.full_image(G, z, range(i, i + 1)))[0] for i in range(config.R))
+        save_png(rows, out, config.height, config.width)
+        return print(f"{out}, from {path}")
+    scene = Scene(G, z)
+    if args.viewport:
+        save_picture(scene.viewport(*args.viewport), out)
+    elif args.pan:
+        yaws = (args.yaw + 360 * k / args.frames for k in range(args.frames))
+        save_animation([see(scene, yaw) for yaw in yaws], out)
+    else:
+        save_picture(see(scene, args.yaw), out)
+    print(f"{out}: {scene.made} of {config.R * config.K} micro patches made, from {path}")
+
+
+def rectangle(text: str) -> tuple[int, int, int, int]:
+    top, left, height, width = map(int, text.split(","))
+    return top, left, height, width
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, see `run_command`."""
-    text = f"{__doc__.splitlines()[0]} What lies beyond the panorama's latitudes is black."
-    parser = Parser(prog="python -m experiments.view", description=text, allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.view", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint", metavar="FILE|RUN", help="of panoramas (default: the newest under runs/)")
+    add("--checkpoint", metavar="FILE|RUN", help="default: the newest of a cylinder under runs/")
     add("--seed", type=int, default=0, metavar="N", help="which panorama (default: 0)")
-    add("--yaw", type=float, default=0, help="degrees to the right of its middle column (default: 0)")
-    add("--pitch", type=float, default=0, help="degrees upwards (default: 0)")
-    add("--fov", type=float, default=75, help="degrees from left to right, 10 to 150 (default: 75)")
-    add("--size", default="640x480", metavar="WIDTHxHEIGHT", help="of the view, pixels (default: 640x480)")
-    projections = ("equirectangular", "mercator")
-    add("--projection", choices=projections, default=projections[0], help="(default: equirectangular)")
-    text = "highest of the panorama, in degrees (default: 60; with mercator that of square pixels)"
-    add("--latitude", type=float, help=text)
+    add("--yaw", type=float, default=0, metavar="DEG", help="to the right (default: 0, the middle column)")
+    add("--pitch", type=float, default=0, metavar="DEG", help="upwards (default: 0)")
+    add("--fov", type=float, default=75, metavar="DEG", help="from left to right (default: 75)")
+    add("--size", type=picture_size, default=[480, 640], metavar="HEIGHTxWIDTH", help="default: 480x640")
+    add_projection(parser)
     add_one = parser.add_mutually_exclusive_group().add_argument
-    add_one("--out", metavar="FILE", help="a picture (default: view.png, view-2.png … in the run)")
-    add_one("--pan", metavar="FILE", help="a full turn instead, an animation: .gif or .webp")
+    add_one("--pan", action="store_true", help="an animation of a full turn")
     add_one("--benchmark", action="store_true", help="print how long views take, and write nothing")
-    add("--frames", type=int, metavar="N", help=f"views in a full turn, 2 to 360 (default: {FRAMES})")
-    add("--force", action="store_true", help="replace a picture that exists")
-    add("--raw", action="store_true", help="use G's weights themselves, not their running average")
+    add_one("--viewport", type=rectangle, metavar="TOP,LEFT,HEIGHT,WIDTH", help="a part of the full image")
+    add_one("--full", action="store_true", help="the full image, a row of micro patches at a time")
+    add("--frames", type=positive, default=36, metavar="N", help="views in a full turn (default: 36)")
+    add("--out", metavar="FILE", help="picture, or .gif or .webp of --pan (default: beside the checkpoint)")
+    add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    return run_command(parser, view, argv)
+    return coco_gan.run_command(parser, draw, argv)
 
 
 if __name__ == "__main__":
