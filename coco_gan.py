@@ -832,6 +832,7 @@ def lock_run(run: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise UserError(f"--run {run} is in use by another process; wait for it, or name another folder")
         except OSError:
             pass  # a file system without locks

@@ -202,10 +202,12 @@ def list_folder(root: str) -> list[str]:
             ) from error
         for entry in entries:
             if is_image(entry.name):
-                with contextlib.suppress(OSError):  # a dead link
+                try:
                     found = entry.stat()
                     if stat.S_ISREG(found.st_mode):  # reading a named pipe would never end
                         lines.append(f"{folder}{entry.name} {found.st_size} {found.st_mtime_ns}")
+                except OSError:
+                    lines.append(f"{folder}{entry.name} -1 -1")  # a dead link, which is counted as skipped
             elif not entry.name.startswith(".") and entry.name != "__MACOSX" and entry.is_dir():
                 folders.append(f"{folder}{entry.name}/")
     return sorted(lines)
