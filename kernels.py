@@ -80,7 +80,7 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple, device: torch.device, 
     if (tensor.shape, tensor.device) != (shape, device) or tensor.dtype not in types:
         found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
         allowed = " or ".join(map(str, dict.fromkeys(types)))
-        raise ValueError(f"{name} is {found}; give {shape} {allowed} on {device}")
+        raise ValueError(f"{name} is {found}; give {tuple(shape)} {allowed} on {device}")
 
 
 class _FirstOrder(torch.autograd.Function):

@@ -1,9 +1,11 @@
 """Tests of coco_gan.py, data.py and kernels.py, in their order: python -m pytest"""
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import io
 import itertools
 import json
@@ -19,12 +21,14 @@ import threading
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Without a GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 if not torch.cuda.is_available():
@@ -1148,6 +1152,470 @@ def test_faces_have_two_eyes_that_mirror_each_other():
         left, right = xs < middle - 4, xs > middle + 4
         assert left.sum() > 50 and right.sum() > 50 and (left | right).all()
         assert abs(left.sum() - right.sum()) < 0.2 * left.sum() and 100 < middle < 156
+
+
+# ---- Kernels -----------------------------------------------------------------------------------------------
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"  # before on_the_cpu hides it
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+ERROR = {FP32: 1e-5, FP16: 2**-9, BF16: 2**-6}  # the interpreter cuts digits off where a GPU rounds
+triton_only = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+
+def noise(*shape, dtype=FP32, form=FIRST, scale=1.0):
+    x = (scale * torch.randn(shape)).to(GPU, dtype)
+    return x.contiguous(memory_format=form) if x.dim() == 4 else x
+
+
+def norm_inputs(shape, dtype=FP32, dtype_gamma=FP32, form=FIRST):
+    """x, γ, β, the running statistics, and a gradient of the output."""
+    torch.manual_seed(sum(shape))
+    B, C, h, w = shape
+    x, dy = noise(*shape, dtype=dtype, form=form, scale=3), noise(*shape, dtype=dtype, form=form)
+    gamma, beta = noise(B, C, dtype=dtype_gamma), noise(B, C, dtype=dtype_gamma)
+    return x, gamma, beta, noise(C), noise(C).abs() + 0.5, dy
+
+
+def norm_results(impl, x, gamma, beta, mean, var, dy, training=True, relu=True):
+    """Output, gradients and running statistics; those of PyTorch in float64."""
+    convert = torch.Tensor.double if impl == "torch" else torch.Tensor.detach
+    *leaves, mean, var, dy = (convert(t) for t in (x, gamma, beta, mean, var, dy))
+    leaves, mean, var = [t.requires_grad_() for t in leaves], mean.clone(), var.clone()
+    y = kernels.conditional_batch_norm(*leaves, mean, var, training=training, relu=relu, impl=impl)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy), mean, var]
+
+
+def assert_norm_is_right(inputs, **options):
+    ours, true = (norm_results(impl, *inputs, **options) for impl in ("triton", "torch"))
+    for name, a, b in zip(("y", "dx", "dgamma", "dbeta", "running_mean", "running_var"), ours, true):
+        error = (a - b).abs().max() / (1 + b.abs().max())  # sums of many values err by parts of the largest
+        assert error < ERROR[a.dtype], f"{name} is wrong by {error}"
+    return ours
+
+
+@triton_only
+@pytest.mark.parametrize("form", [LAST, FIRST])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 4, 1, 1),  # one pixel
+        (1, 5, 3, 2),  # one sample
+        (5, 1, 9, 4),  # one channel, so that both formats are one
+        (3, 65, 5, 7),  # a channel more than a tile has, nothing a power of two
+        (2, 2, 37, 63),  # more positions than a tile has
+    ],
+)
+def test_conditional_batch_norm_kernels(shape, form):
+    ours = assert_norm_is_right(norm_inputs(shape, form=form))
+    assert all(t.is_contiguous(memory_format=form) for t in ours[:2])
+
+
+@triton_only
+@pytest.mark.parametrize("training, relu", [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    "dtype, dtype_gamma, form", [(BF16, BF16, LAST), (BF16, FP32, FIRST), (FP16, FP32, LAST)]
+)
+def test_conditional_batch_norm_types(dtype, dtype_gamma, form, training, relu):
+    inputs = norm_inputs((3, 5, 4, 3), dtype, dtype_gamma, form)
+    ours = assert_norm_is_right(inputs, training=training, relu=relu)
+    assert [t.dtype for t in ours] == [dtype, dtype, dtype_gamma, dtype_gamma, FP32, FP32]
+
+
+@triton_only
+@pytest.mark.parametrize("first", [1000.0, 0.0, -1e4])  # a start unlike the rest says nothing of its mean
+def test_statistics_far_from_zero_and_in_many_small_tiles(first, monkeypatch):
+    """Float32 holds a mean of 1,000 to 3e-5, and that decides; sums of squares would be wrong by 0.1."""
+    monkeypatch.setattr(kernels, "TILE", 32)
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    for form in (LAST, FIRST):
+        assert_norm_is_right(norm_inputs((11, 5, 7, 3), form=form))
+    x, gamma, beta, mean, var, dy = norm_inputs((4, 2, 9, 5), form=LAST)
+    x = 1000 + x / 3
+    x[0, :, 0, :3] = first
+    inputs = x, torch.ones_like(gamma), beta, 0 * mean, 0 * var, dy
+    ours, true = (norm_results(impl, *inputs, relu=False) for impl in ("triton", "torch"))
+    torch.testing.assert_close(ours[0].double(), true[0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(ours[-1].double(), true[-1], atol=0, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=triton_only)])
+def test_running_statistics_are_those_of_batch_norm(impl):
+    norm = torch.nn.BatchNorm2d(5, affine=False, momentum=0.3).to(GPU)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    one, zero = (torch.full((4, 5), value, device=GPU) for value in (1.0, 0.0))
+    for training in (True, True, False):
+        norm.train(training)
+        x, options = noise(4, 5, 3, 2) + 2, dict(training=training, momentum=0.3, impl=impl)
+        y = kernels.conditional_batch_norm(x, one, zero, mean, var, **options)
+        torch.testing.assert_close([y, mean, var], [norm(x), norm.running_mean, norm.running_var])
+
+
+def test_the_module_scales_and_shifts_by_linear_maps_of_the_condition():
+    norm = kernels.ConditionalBatchNorm(4, 6)
+    x, condition = 1000 + 3 * torch.randn(5, 4, 3, 2), torch.randn(5, 6)
+    normal = (x - x.mean((0, 2, 3), keepdim=True)) / x.var((0, 2, 3), correction=0, keepdim=True).sqrt()
+    torch.testing.assert_close(norm(x, 0 * condition), normal, atol=1e-3, rtol=1e-3)  # γ = 1 and β = 0
+    torch.nn.init.normal_(norm.weight)
+    gamma, beta = (condition @ norm.weight.T + norm.bias)[:, :, None, None].split(4, 1)
+    torch.testing.assert_close(norm(x, condition), gamma * normal + beta, atol=1e-2, rtol=1e-3)
+
+
+@triton_only
+def test_conditional_batch_norm_takes_views_nan_and_strides_beyond_31_bits():
+    mean, var, dy = noise(3), noise(3).abs() + 0.5, noise(1, 3, 1, 1).expand(4, 3, 5, 2)
+    gamma, beta = noise(4, 6).chunk(2, dim=1)
+    for form in (LAST, FIRST):
+        views = noise(8, 3, 5, 2, form=form)[::2], noise(4, 7, 5, 2, form=form)[:, 2:5]
+        for x in (*views, noise(4, 3, 2, 5, form=form).mT):
+            assert_norm_is_right((x, gamma, beta, mean, var, dy))
+    assert_norm_is_right((x, noise(1, 3).expand(4, 3), beta, mean, var, dy))
+
+    x, *rest = norm_inputs((2, 3, 4, 2), BF16, form=LAST)
+    far = torch.empty(2**31 + 64, dtype=BF16, device=GPU).as_strided(x.shape, (2**31 + 8, *x.stride()[1:]))
+    far.copy_(x)
+    torch.testing.assert_close(norm_results("triton", far, *rest), norm_results("triton", x, *rest))
+    x[1, 1, 2, 0] = float("nan")  # goes through the ReLU
+    for training, count in ((True, 16), (False, 1)):
+        y, dx, *_ = norm_results("triton", x, *rest, training=training)
+        assert y.isnan().sum() == count and training is bool(dx[:, 1].isnan().all())
+
+
+def patches_of(count, C, S, dtype=FP32, form=FIRST):
+    torch.manual_seed(count + C + S)
+    return noise(count, C, S, S, dtype=dtype, form=form, scale=2)
+
+
+def merge_results(impl, patches, **options):
+    """Output and gradient of the patches."""
+    patches = patches.detach().requires_grad_()
+    images = kernels.merge_patches(patches, 2, 3, **options, impl=impl)
+    slope = torch.arange(images.numel(), device=GPU).sin().view(images.shape).to(images.dtype)
+    return images.detach(), torch.autograd.grad(images, patches, slope)[0]
+
+
+def test_merge_puts_rows_first_and_crop_undoes_it():
+    patches = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+    expected = [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+    assert kernels.merge_patches(patches, 2, 3)[0, 0].tolist() == expected
+    images = torch.randint(0, 256, (3, 8, 12, 3), dtype=torch.uint8)
+    starts = list(itertools.product([2, 0], range(0, 8, 4), range(0, 12, 4)))  # image, top, left
+    crops = kernels.crop_patches(images, *(torch.tensor(t) for t in zip(*starts)), 4, 4)
+    assert np.array_equal(coco_gan.to_uint8(kernels.merge_patches(crops, 2, 3)), images[[2, 0]].numpy())
+
+
+@triton_only
+@pytest.mark.parametrize("form", [LAST, FIRST])
+@pytest.mark.parametrize("tile", [32, 4096])  # a row of a patch is more than a tile, or one tile holds all
+@pytest.mark.parametrize("C, S", [(3, 4), (1, 1), (5, 7)])
+def test_merge_patches_kernels(C, S, tile, form, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    patches = patches_of(12, C, S, form=form)
+    for ours, reference in zip(merge_results("triton", patches), merge_results("torch", patches)):
+        assert torch.equal(ours, reference) and ours.stride() == reference.stride()
+
+
+@triton_only
+@pytest.mark.parametrize("dtype, to", [(BF16, FP32), (FP32, BF16), (FP16, None)])
+@pytest.mark.parametrize("form", [LAST, FIRST])
+def test_merge_patches_types_and_tanh(dtype, to, form):
+    patches = patches_of(6, 3, 4, dtype, form)
+    ours = merge_results("triton", patches, tanh=True, dtype=to)
+    true = merge_results("torch", patches.double(), tanh=True)
+    assert [t.dtype for t in ours] == [to or dtype, dtype]
+    for a, b in zip(ours, true):
+        torch.testing.assert_close(a.double(), b, atol=ERROR[BF16], rtol=ERROR[BF16])
+    x = torch.tensor([-1e4, -12, -0.26, -0.24, -1e-6, 0, 1e-20, 1e-3, 0.249, 0.251, 3, 9.5], device=GPU)
+    single = x.view(-1, 1, 1, 1).requires_grad_()  # tanh has all its digits
+    y = kernels.merge_patches(single, 1, 1, tanh=True, impl="triton")
+    (dx,) = torch.autograd.grad(y.sum(), single)
+    torch.testing.assert_close(y.double().flatten(), x.double().tanh(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(dx.double().flatten(), x.double().cosh() ** -2, atol=0, rtol=1e-5)
+
+
+@triton_only
+@pytest.mark.parametrize("height, width, tile", [(4, 5, 4096), (9, 13, 32)])  # 9 x 13: all of the image
+def test_crop_patches_kernel(height, width, tile, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 9, 13, 3), dtype=torch.uint8, device=GPU)
+    top, left = torch.tensor([[2, 7, -3, 0, 900, -900], [3, 12, -1, -13, -777, 778]], device=GPU)
+    index, mirror = torch.arange(6, device=GPU) % 3, torch.arange(6, device=GPU) % 4 == 1
+    at = images, index, top, left, height, width
+    ours, reference = (kernels.crop_patches(*at, mirror=mirror, impl=impl) for impl in ("triton", "torch"))
+    assert torch.equal(ours, reference) and ours.stride() == reference.stride()
+    for b, (i, y, x) in enumerate(zip(index.tolist(), top.tolist(), left.tolist())):
+        true = images[i].roll((-y, -x), (0, 1))[:height, :width]
+        true = true.flip(1) if mirror[b] else true
+        torch.testing.assert_close(ours[b].permute(1, 2, 0), true / 127.5 - 1, atol=1e-6, rtol=0)
+    index[1] = 3  # no image: NaN, for the kernel cannot wait to tell
+    assert kernels.crop_patches(*at, impl="triton").isnan().flatten(1).any(1).tolist() == [
+        False,
+        True,
+        *[False] * 4,
+    ]
+
+
+@pytest.mark.parametrize("form", [LAST, FIRST])
+def test_gradients_of_the_references(form):
+    """The kernels are compared with these."""
+    x, gamma, beta, mean, var, _ = (t.double() for t in norm_inputs((3, 2, 2, 2), form=form))
+    inputs = [t.requires_grad_() for t in (x, gamma, beta)]
+    for training in (True, False):
+        options = dict(training=training, relu=True, impl="torch")
+        norm = functools.partial(
+            kernels.conditional_batch_norm, running_mean=mean, running_var=var, **options
+        )
+        assert torch.autograd.gradcheck(norm, inputs)
+    patches = patches_of(6, 2, 2, form=form).double().requires_grad_()
+    merge = functools.partial(kernels.merge_patches, rows=2, columns=3, tanh=True, impl="torch")
+    assert torch.autograd.gradcheck(merge, patches)
+
+
+@triton_only
+def test_equal_input_gives_equal_bits():
+    inputs = norm_inputs((5, 20, 4, 3) if GPU == "cpu" else (300, 70, 17, 9), BF16, form=LAST)
+    for a, b in zip(norm_results("triton", *inputs), norm_results("triton", *inputs)):
+        assert torch.equal(a, b)
+
+
+@triton_only
+@pytest.mark.parametrize("wants", [True, False])  # whether the incoming gradient requires a gradient itself
+def test_a_gradient_of_a_gradient_through_a_kernel_raises(wants):
+    x, gamma, beta, mean, var, dy = norm_inputs((3, 2, 4, 2))
+    patches = patches_of(6, 3, 2).requires_grad_()
+    y = kernels.conditional_batch_norm(
+        x.requires_grad_(), gamma, beta, mean, var, training=True, impl="triton"
+    )
+    images = kernels.merge_patches(patches, 2, 3, tanh=True, impl="triton")
+    for output, leaf in ((y, x), (images, patches)):
+        slope = torch.ones_like(output).requires_grad_(wants)
+        (gradient,) = torch.autograd.grad(output, leaf, slope, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative; impl='torch' can be differentiated"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_relu_and_pool_are_pytorchs(side):
+    x = torch.randn(2, 3, side, side + 2, dtype=torch.float64, requires_grad=True)
+
+    def ours(x):
+        return kernels.avg_pool(kernels.relu(x))
+
+    torch.testing.assert_close(ours(x), torch.nn.functional.avg_pool2d(torch.relu(x), 2, ceil_mode=True))
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(lambda x: ours(x).square(), x)
+    D, c = coco_gan.Discriminator(UNEVEN), torch.zeros(4, 2)
+    L_GP, _ = coco_gan.gradient_penalty(lambda t: D(t, c)[0], *torch.randn(2, 4, 3, 8, 12), torch.rand(4))
+    biases = [p for name, p in D.blocks.named_parameters() if name.endswith("bias")]
+    assert {*torch.autograd.grad(L_GP, biases, allow_unused=True)} == {None}  # no zeros are carried along
+
+
+def ones(*shape, dtype=FP32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def norm(x=(2, 3, 4, 4), gamma=(2, 3), mean=(3,), dtype=FP32, **options):
+    stats, options = ones(*mean), dict(training=True) | options
+    return kernels.conditional_batch_norm(
+        ones(*x, dtype=dtype), ones(*gamma), ones(*gamma), stats, stats, **options
+    )
+
+
+def crop(images=(5, 8, 8, 3), top=(2,), height=4, dtype=torch.uint8):
+    index, top = (torch.zeros(shape, dtype=torch.int64) for shape in ((2,), top))
+    return kernels.crop_patches(ones(*images, dtype=dtype), index, top, top, height, 4)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: norm(x=(2, 3, 4)), "x is (2, 3, 4); give (B, C, h, w)"),
+        (lambda: norm(x=(1, 3, 1, 1), gamma=(1, 3)), "x is (1, 3, 1, 1); give (B, C, h, w), in training two"),
+        (lambda: norm(gamma=(2, 4)), "gamma is (2, 4) torch.float32 on cpu; give (2, 3) torch.float32"),
+        (lambda: norm(mean=(2,)), "running_mean is (2,) torch.float32 on cpu; give (3,) torch.float32"),
+        (lambda: norm(impl="cuda"), "impl is 'cuda'; give 'auto', 'torch' or 'triton'"),
+        (lambda: kernels.merge_patches(ones(12, 3, 4, 5), 2, 3), "(12, 3, 4, 5)"),
+        (lambda: kernels.merge_patches(ones(12, 3, 4, 4), 5, 3), "12 patches make no images of 5 rows and 3"),
+        (lambda: crop((5, 8, 8, 4)), "images is (5, 8, 8, 4) torch.uint8 on cpu; give (5, 8, 8, 3)"),
+        (
+            lambda: crop(dtype=FP32),
+            "images is (5, 8, 8, 3) torch.float32 on cpu; give (5, 8, 8, 3) torch.uint8",
+        ),
+        (lambda: crop(height=9), "a patch of 9 x 4 pixels is not inside an image of 8 x 8"),
+        (lambda: crop(top=(3,)), "top is (3,) torch.int64 on cpu; give (2,) torch.int64"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=triton_only)])
+def test_without_triton_or_a_gpu_auto_is_pytorch(installed):
+    code = "import sys\n" if installed else "import sys; sys.modules['triton'] = None\n"
+    code += "import torch, kernels; x = torch.randn(6, 3, 4, 4); y = kernels.merge_patches(x, 2, 3)\n"
+    code += "assert torch.equal(y, kernels.merge_patches(x, 2, 3, impl='torch'))\n"
+    code += "kernels.merge_patches(x, 2, 3, impl='triton')"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    why = "torch.float32 and torch.float32 on cpu" if installed else "Triton is not installed"
+    assert f"ValueError: impl is 'triton': {why}" in result.stderr
+
+
+def test_kernels_check_themselves():
+    out = subprocess.check_output([sys.executable, ROOT / "kernels.py"], text=True)
+    assert out == f"the {'PyTorch references' if kernels.triton is None else 'kernels'} agree with float64\n"
+
+
+@triton_only
+@pytest.mark.parametrize("name", ["_normalise_kernel", "_merge_patches_kernel"])
+def test_kernels_that_are_wrong_are_not_used(name, monkeypatch):
+    """By a fifth, in bfloat16 alone."""
+    right = getattr(kernels, name)
+
+    class Wrong:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                right[grid](*args, **options)
+                outputs = [t for t in args[:3] if isinstance(t, torch.Tensor) and t.dtype is BF16]
+                for t in outputs:
+                    t.mul_(0.8)
+
+            return launch
+
+    assert kernels.failure.__wrapped__(GPU) is None
+    monkeypatch.setattr(kernels, name, Wrong())
+    assert "bfloat16" in kernels.failure.__wrapped__(GPU)
+
+
+@pytest.mark.skipif(GPU != "cpu" or kernels.triton is None, reason="for Triton's interpreter")
+def test_training_with_the_kernels_is_training(monkeypatch):
+    config = dataclasses.replace(CYLINDER, mirror=True, yaw=True, precision="fp32", lr_d=1e-5)
+    images, found = random_images(config), []
+    for impl in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "DEFAULT", impl)
+        gan = COCOGAN(config, CPU)
+        losses = [step_of(gan, draw(config, images, gan.rng)) for _ in range(4)]
+        found.append((losses[0], torch.stack(losses), gan.G.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=0.05, atol=0.05)  # Adam enlarges rounding
+
+
+class Replayed(TorchDispatchMode):
+    """In place of torch.cuda.CUDAGraph: notes the operations, and repeats them on the same memory."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.done:
+            new = function(*args, **kwargs)
+            for a, b in zip(*(t if isinstance(t, tuple | list) else [t] for t in (result, new))):
+                if isinstance(a, torch.Tensor) and a.data_ptr() != b.data_ptr():  # else written in place
+                    a.copy_(b)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_step_can_be_captured_and_replayed(guided, monkeypatch):
+    """All that changes from step to step is in tensors: replayed, a step trains as ordinary steps do."""
+    config = dataclasses.replace(UNEVEN, guided=guided)
+    images = random_images(config)
+    gan, graph = COCOGAN(config, CPU), Replayed()
+    graph.done = []
+
+    @contextlib.contextmanager
+    def record(graph):
+        before = {name: t.clone() for name, t in gan.tensors().items()}
+        with graph:
+            yield
+        for name, t in gan.tensors().items():  # a graph is captured without running
+            t.data.copy_(before[name])
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    found = []
+    for other, wrap in ((gan, kernels.capture), (COCOGAN(config, CPU), lambda step: step)):
+        step, losses = wrap(functools.partial(coco_gan.train_step, other)), []
+        for k in range(6):
+            losses.append(step(*draw(config, images, other.rng), coco_gan.ema_weight(config, k)))
+        found.append((torch.stack(losses), other.tensors()))
+    assert len(graph.done) > 400
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def compile_kernels(architecture):
+    """Compile for a GPU what COCO-GAN launches, on the device "meta", and print how many."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    class Noted:
+        """In place of a kernel: notes the arguments of a launch as Triton would compile for them."""
+
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, num_warps=4):
+            signature, constants = {}, {}
+            for i, (parameter, value) in enumerate(zip(self.kernel.params, args, strict=True)):
+                if isinstance(value, torch.Tensor):
+                    kinds = {FP32: "*fp32", BF16: "*bf16", torch.int64: "*i64"}
+                    signature[parameter.name] = kinds.get(value.dtype, "*u8")
+                elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+                    signature[parameter.name], constants[i,] = "constexpr", value
+                else:
+                    signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            source = ASTSource(self.kernel, signature, constants, {})
+            key = self.kernel.__name__, num_warps, *signature.values(), str(constants)
+            sources.setdefault(key, source)
+
+    sources = {}
+    for name, kernel in vars(kernels).items():
+        if isinstance(kernel, triton.runtime.JITFunction) and name.endswith("_kernel"):
+            setattr(kernels, name, Noted(kernel))
+    meta = torch.device("meta")
+    for dtype, training in itertools.product((FP32, BF16), (True, False)):
+        x = torch.empty(512, 64, 32, 32, dtype=dtype, memory_format=LAST, device=meta, requires_grad=True)
+        gamma, stats = torch.empty(512, 64, dtype=dtype, device=meta), torch.empty(64, device=meta)
+        inputs = x, gamma, gamma, stats, stats
+        kernels.conditional_batch_norm(*inputs, training=training, relu=True, impl="triton").sum().backward()
+        patches = torch.empty(
+            512, 3, 32, 32, dtype=dtype, memory_format=LAST, device=meta, requires_grad=True
+        )
+        kernels.merge_patches(patches, 2, 2, tanh=True, dtype=FP32, impl="triton").sum().backward()
+    images, at = (
+        torch.empty(9, 128, 128, 3, dtype=torch.uint8, device=meta),
+        torch.empty(3, 128, dtype=torch.int64, device=meta),
+    )
+    kernels.crop_patches(images, *at, 64, 64, mirror=at[0].bool(), impl="triton")
+    for (_, num_warps, *_), source in sources.items():
+        target = GPUTarget("cuda", architecture, 32)
+        triton.compile(source, target=target, options=dict(num_warps=num_warps))
+    print(f"{len(sources)} compiled")
+
+
+@triton_only
+def test_kernels_compile_without_a_gpu():
+    """What the interpreter accepts and the compiler does not is found here."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    code = (
+        f"import {Path(__file__).stem} as t; t.kernels._use_triton = lambda *_: True; t.compile_kernels(90)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.split()[0]) >= 10
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
