@@ -1,6 +1,6 @@
 """COCO-GAN's hot operations as Triton kernels, each below its PyTorch reference implementation.
 
-    python kernels.py                       # compare the kernels, or without a GPU the references, with float64
+    python kernels.py                       # compare the kernels (without a GPU the references) with float64
     TRITON_INTERPRET=1 python kernels.py    # the kernels on a CPU, in Triton's interpreter
 
 The file needs only PyTorch, uses Triton where it is installed, and can be copied into another project. In
@@ -99,7 +99,7 @@ def _first_order(backward):
     return lambda ctx, dy: _FirstOrder.apply(backward, ctx, dy, *ctx.saved_tensors)
 
 
-# ---- Conditional batch normalisation (appendix C) --------------------------------------------------------
+# ---- Conditional batch normalization (appendix C) --------------------------------------------------------
 # In G a convolution follows its ReLU. The ×2 upsampling and the residual addition follow other convolutions
 # and cannot be fused into it.
 
@@ -107,7 +107,7 @@ def _first_order(backward):
 class ConditionalBatchNorm(nn.Module):
     """o = γ(z, c'') · (i - μ) / σ + β(z, c''), with γ and β linear in the condition (appendix C).
 
-    Deviation: the paper says MLPs. One linear map each, not spectrally normalised, as its authors released.
+    Deviation: the paper says MLPs. One linear map each, not spectrally normalized, as its authors released.
     γ starts at 1 and β at 0 on average, not for every z and c'': from exactly 1 and 0, faces stayed blurred
     and seamed for longer.
     """
@@ -138,7 +138,7 @@ def conditional_batch_norm(
     Args:
         x: (B, C, h, w), float32, bfloat16 or float16 (float64: PyTorch only).
         gamma, beta: (B, C), both float32 or both of x's type; any strides.
-        running_mean, running_var: (C,), contiguous, float32 (float64 with x). The variance is the unbiased one.
+        running_mean, running_var: (C,), contiguous, float32 (float64 with x). The variance is unbiased.
         momentum: weight of the new statistics, in [0, 1].
     Returns: (B, C, h, w), type and memory format of x.
     Raises: ValueError for other shapes, types or devices.
@@ -166,13 +166,13 @@ def conditional_batch_norm(
     return (F.relu(y) if relu else y).to(x.dtype)
 
 
-# Forward, three launches: mean and M₂ of parts, those of all parts, normalising.
+# Forward, three launches: mean and M₂ of parts, those of all parts, normalizing.
 #
-# Values are merged like parts: n values have a mean and an M₂ = Σ(x - mean)²; one value has M₂ = 0. With k, the
-# mean of the first tile, and d = mean - k of each part, the sum over all is M₂ = Σ(M₂ + n d²) - (Σ n d)² / Σ n.
-# This loses little: if the first tile is a fraction f of all values, their variance is at least
-# f/(1-f) · (mean - k)², so Σ n d² is at most M₂/f and the relative error about ε/f; 1/f is the number of tiles.
-# With a mean of 1,000 and a variance of 1, sums of x and x² would have no correct digits left.
+# Values are merged like parts: n values have a mean and an M₂ = Σ(x - mean)²; one value has M₂ = 0. With k,
+# the mean of the first tile, and d = mean - k of each part, M₂ of all is Σ(M₂ + n d²) - (Σ n d)² / Σ n. This
+# loses little: if the first tile is a fraction f of all values, their variance is at least f/(1-f) ·
+# (mean - k)², so Σ n d² is at most M₂/f and the relative error about ε/f; 1/f is the number of tiles. With a
+# mean of 1,000 and a variance of 1, sums of x and x² would have no correct digits left.
 #
 # Tiles are positions x channels in both memory formats; p counts the HW = h·w positions of a sample. Triton
 # compiles for the stride that is 1 and arranges the threads by it. Addresses have 64 bits.
@@ -358,7 +358,7 @@ class _ConditionalBatchNorm(torch.autograd.Function):
         y, mean, var = torch.empty_like(x, memory_format=form), running_mean, running_var
         with torch.cuda.device_of(x):
             if training:
-                # Samples that are channels last follow on one another as one long one, which makes fewer parts.
+                # Channels last, all samples are one long one in memory, which makes fewer parts.
                 samples, positions = (1, B * HW) if channels_last else (B, HW)
                 BLOCK_P, BLOCK_C, splits, span = _split(samples, positions, C, channels_last)
                 parts, running = samples * splits, (running_mean, running_var)
@@ -369,8 +369,9 @@ class _ConditionalBatchNorm(torch.autograd.Function):
                     positions, splits, span, 0.0, momentum, False, BLOCK_P, BLOCK_C
                 )  # fmt: skip
                 _statistics_kernel[1, triton.cdiv(C, 8)](
-                    part_mean, part_m2, mean, var, *running, parts, C, 1, parts, C, 1, positions, splits, span,
-                    float(B * HW), momentum, True, min(triton.next_power_of_2(parts), TILE // 8), 8, num_warps=8
+                    part_mean, part_m2, mean, var, *running, parts, C, 1, parts, C, 1, positions, splits,
+                    span, float(B * HW), momentum, True, min(triton.next_power_of_2(parts), TILE // 8), 8,
+                    num_warps=8
                 )  # fmt: skip
             BLOCK_P, BLOCK_C = _tile(HW, C, channels_last, TILE)
             tiles = triton.cdiv(HW, BLOCK_P)
@@ -648,8 +649,8 @@ def capture(step, warmup: int = 3):
     """Make a CUDA graph of step(*tensors) -> tensor: the GPU starts all of its kernels at once.
 
     The first `warmup` calls are ordinary ones, in which libraries choose their algorithms, on a stream of
-    their own as graphs require. The next call is captured; from there on the graph is replayed on copies of the
-    inputs. What changes from call to call has to be in the inputs, or in tensors that `step` updates in place.
+    their own, as graphs require. The next call is captured. From there on the graph is replayed on copies of
+    the inputs, so what changes from call to call has to be in the inputs, or in tensors that `step` updates.
 
     Returns: a function that is called like `step`.
     Raises: the returned function, RuntimeError if `step` cannot be captured; running out of memory as it is.

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import errno
 import functools
+import importlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -1732,3 +1735,56 @@ def test_each_section_uses_only_what_stands_above_it():
         assert name == "main" or [other for other in used if names[other].lineno > node.lineno] == []
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("experiments" in ast.unparse(node) for node in imports)
+
+
+# ---- Documentation -----------------------------------------------------------------------------------------
+
+PAGES = ["README.md", "docs/training.md", "docs/panoramas.md", "docs/kernels.md", "experiments/README.md"]
+COMMAND = re.compile(
+    r"^(?:pip .+ && )?python (coco_gan\.py|-m experiments\.\w+)(.*?)(?: +#.*)?$", re.MULTILINE
+)
+BUDGET = {  # what is added to a command, so that it takes a second
+    "train": "--steps {} --batch-size 2 --width-g 2 --width-d 2 --device cpu",
+    "resume": "--steps {} --device cpu",
+    "sample": "--device cpu",
+    "experiments.evaluate": "--count 16",
+    "experiments.ablations": "--steps 1 --seeds 1 --count 32 --variants coco-gan",
+    "experiments.extrapolate": "--steps 2",
+    "experiments.bench": "--steps 5 --batch-size 2",
+}
+
+
+def test_the_readme_shows_its_first_command_early_and_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert any("python coco_gan.py train" in line for line in lines[:25]) and len(lines) <= 186
+
+
+def test_commands_of_all_pages(here):
+    """All of them, page by page, in one folder."""
+    for n in range(6):
+        pixels = np.random.default_rng(n).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+        fill(here / "celeba", {f"{n}.jpg": encode(pixels, "JPEG")})
+        fill(
+            here / "matterport",
+            {f"{k}_skybox{n}_sami.jpg": encode(pixels[:64, :64], "JPEG") for k in range(4)},
+        )
+    found = [match for page in PAGES for match in COMMAND.findall((ROOT / page).read_text())]
+    assert len(found) > 30
+    for number, (script, words) in enumerate(found):
+        name, words = script.removeprefix("-m "), shlex.split(words)
+        if "plot" in name and importlib.util.find_spec("matplotlib") is None:
+            continue
+        module = coco_gan if name == "coco_gan.py" else importlib.import_module(name)
+        kind = name if name in BUDGET else "resume" if "--resume" in words else words[0] if words else ""
+        words += BUDGET.get(kind, "").format(2 + number).split()
+        assert module.main(words) == 0, (script, words)
+
+
+def test_python_examples_of_the_readme(copied):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shutil.copytree("run", "runs/tiny-001")
+    names = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["images"].shape == (3, 3, 16, 24) and names["part"].shape == (3, 3, 4, 8)
+    assert names["y"].shape == (8, 64, 16, 16) and names["y"].min() == 0
