@@ -124,14 +124,11 @@ def compare(real, images, config: Config, seed: int = 0, device="cpu") -> dict[s
             figures["seam_ratio_columns"] = np.mean(columns)
             varieties = [metrics.azimuth_variety(some, S) for some in (images, real)]
             figures["azimuth_variety"] = np.divide(*varieties)
-    return {name: float(value) for name, value in (figures | colours(images)).items() if np.isfinite(value)}
-
-
-def colours(images) -> dict[str, float]:
-    """Mean and deviation of each channel, 0 to 255."""
-    values = np.concatenate(metrics.channel_statistics(images))
-    names = itertools.product(("mean", "deviation"), ("red", "green", "blue"))
-    return {"_".join(name): float(value) for name, value in zip(names, values)}
+    return {
+        name: float(value)
+        for name, value in (figures | metrics.colours(images)).items()
+        if np.isfinite(value)
+    }
 
 
 # ---- Features ----------------------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def evaluate(args: argparse.Namespace) -> None:
     def score(images) -> dict[str, float]:
         return compare(real, images, config, args.seed, device) | of_features(images)
 
-    floor, of_real, best, scored = score(more), colours(real), None, set()
+    floor, of_real, best, scored = score(more), metrics.colours(real), None, set()
     about = dict(
         weights="raw" if args.raw else "ema", data=data, real_images=kind, count=count, seed=args.seed
     )

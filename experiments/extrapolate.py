@@ -5,7 +5,7 @@
 
 Beside each ordinary step, a second pair of Adams takes one on macro patches that reach up to --margin micro
 patches beyond the open borders. It trains D and G's first two blocks only. Post-training ends when the seams
-of the margin are no more visible than those inside; best.pt has the faintest seams of the margin. A run cannot
+of the margin are no more visible than those inside. best.pt is the step with the faintest ones. A run cannot
 be resumed, because checkpoints do not have the second pair of Adams.
 
 Source: section 3.3; appendix E; figures 7, 16 and 17.
@@ -30,11 +30,11 @@ EVERY = 100  # steps between two looks at the seams
 
 
 def choose_margin(config: Config, asked: int) -> tuple[int, int]:
-    """Micro patches beyond the borders, down and across: none where borders meet, or all c' are the same."""
+    """Micro patches beyond the borders, down and across: none where borders meet, or c' never changes."""
     margin = tuple(0 if closed or n == 1 else asked for closed, n in zip(config.closed, config.positions))
     if not any(margin):
-        found = f"{config.positions} positions of macro patches on a {config.topology}"
-        raise UserError(f"--margin {asked} needs an open border and two positions towards it, not {found}")
+        found = "{} x {} on a {}".format(*config.positions, config.topology)
+        raise UserError(f"--margin {asked} needs two positions along an open border; there are {found}")
     return margin
 
 

@@ -1,43 +1,39 @@
 """Draw what figures of the paper show, from a checkpoint (default: the newest under runs/).
 
-    python -m experiments.figures patches --count 8                  # figure 3: images, macro and micro patches
-    python -m experiments.figures interpolate --seed 1 2 3           # figures 5 and 23: between latents
-    python -m experiments.figures interpolate --seed 1 2 --at 1,1    # figure 23, left: one micro patch
-    python -m experiments.figures interpolate --gif loop.gif         # the same as a loop
-    python -m experiments.figures coordinates --steps 16             # figures 6 and 25: between positions
-    python -m experiments.figures mix --seed 1 2                     # two latents in one image
-    python -m experiments.figures guided photos --at 8,8             # figures 9 and 28, after train --guided
+    python -m experiments.figures patches --count 8             # figure 3: images, macro and micro patches
+    python -m experiments.figures interpolate --seed 1 2 3      # figures 5 and 23: between latents
+    python -m experiments.figures interpolate --gif loop.gif    # the same as a loop
+    python -m experiments.figures coordinates --steps 16        # figures 6 and 25: between positions
+    python -m experiments.figures mix --seed 1 2                # two latents in one image
+    python -m experiments.figures guided photos --at 8 8        # figures 9 and 28, after train --guided
 
-Source: COCO-GAN, sections 3.2 and 3.5, appendices G, I and K; `mix`: LocoGAN (Struski et al., 2020), section
-4.3, "Transfer", and figure 11.
+Source: COCO-GAN, sections 3.2 and 3.5; `mix`: LocoGAN (Struski et al., 2020), section 4.3, figure 11.
 """
 
 import argparse
 import math
 import os
 import sys
-import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import coco_gan as core
-from coco_gan import Config, Discriminator, Generator, Head, full_image, grid, latents, micro_patches, to_uint8
-from data import UserError, decode_image, list_images, read_file, read_rgb, reason_of, report_skipped
+from coco_gan import Config, Generator, full_image, grid, latents, micro_patches, to_uint8
+from data import UserError, decode_image, in_threads, list_images, read_file, read_rgb, report_skipped
 from experiments.view import save_animation
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def frame(images: np.ndarray, corner, size, colour, closed=(False, False)) -> np.ndarray:
-    """A copy of images with a rectangle outlined, one pixel outside of it.
+    """A copy of images (…, H, W, 3) uint8 with a rectangle outlined, one pixel outside of it.
 
-    The outline wraps around borders that meet. At others without room outside it is on the border.
-    Args: images (…, H, W, 3) uint8; corner: top and left; size: height and width of the rectangle.
+    The outline wraps around borders that meet, and at others stays inside the image.
+    Args: corner: top and left; size: height and width of the rectangle.
     """
     images, lines = images.copy(), []
     for first, length, limit, wraps in zip(corner, size, images.shape[-3:-1], closed):
@@ -49,14 +45,18 @@ def frame(images: np.ndarray, corner, size, colour, closed=(False, False)) -> np
 
 
 def sheet(rows) -> np.ndarray:
-    """Lay out rows of pictures (r, c, h, w, 3) uint8; as columns if they are wider than high."""
+    """Lay out rows of pictures (r, c, h, w, 3) uint8, as columns if the pictures are wider than high."""
     rows = np.array(rows)
     if rows.shape[3] > rows.shape[2]:
         rows = rows.swapaxes(0, 1)
     return grid(rows.reshape(-1, *rows.shape[2:]), rows.shape[1])
 
 
-# ---- Full images, macro patches and micro patches (figure 3) -----------------------------------------------
+def inside(at, last) -> tuple[int, int]:
+    """--at, if none of its two numbers is above `last`. Raises: UserError."""
+    if at[0] > last[0] or at[1] > last[1]:
+        raise UserError("--at {} {} is outside of the image; give 0 to {} and 0 to {}".format(*at, *last))
+    return at
 
 
 def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
@@ -67,26 +67,26 @@ def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
     B, H, W, _ = images.shape
     height, width = config.N * S, config.M * S
     picture = np.full((H + height + S + 2 * gap, B * (W + gap) - gap, 3), 255, np.uint8)
-    positions = [(i, j) for i in range(config.R - config.N + 1) for j in range(config.K - config.M + 1)]
+    starts = [(i * S, j * S) for i in range(config.R - config.N + 1) for j in range(config.K - config.M + 1)]
     for b, image in enumerate(images):
-        i, j = positions[b * len(positions) // B]  # from the top left to the bottom right
-        s_macro, left = image[i * S :, j * S :][:height, :width], b * (W + gap)
-        picture[:H, left : left + W] = image
-        picture[H + gap :, left : left + width][:height] = s_macro
-        picture[H + height + 2 * gap :, left : left + S] = s_macro[:S, :S]
+        top, left = starts[b * len(starts) // B]  # from the top left to the bottom right
+        s_macro, x = image[top : top + height, left : left + width], b * (W + gap)
+        picture[:H, x : x + W] = image
+        picture[H + gap :, x : x + width][:height] = s_macro
+        picture[H + height + 2 * gap :, x : x + S] = s_macro[:S, :S]
     return picture
 
 
-# ---- Between latents (section 3.2, figures 5 and 23) -------------------------------------------------------
+# ---- Between latents and between coordinates (section 3.2) -------------------------------------------------
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """From a to b on an arc: direction and length change evenly. On a line if a and b have one direction.
+    """From a to b on an arc: direction and length change evenly. On a line if a and b are on one through 0.
 
-    Args: a, b (z_dim,); weight (n,) in [0, 1], 0 for a and 1 for b, which the result then equals.
+    Args: a, b (z_dim,); weight (n,) in [0, 1], 0 for a and 1 for b, which are met exactly.
     Returns: (n, z_dim) float32. Source: section 3.2, "slerp-path".
     """
-    a, b, weight = a.double(), b.double(), weight.double().unsqueeze(1)  # rounded, the ends are exact
+    a, b, weight = a.double(), b.double(), weight.double().unsqueeze(1)
     u, v = a / a.norm(), b / b.norm()
     angle = torch.acos((u @ v).clamp(-1, 1))
     if not angle.sin() > 1e-6:
@@ -95,35 +95,21 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return (direction * a.norm().lerp(b.norm(), weight)).float()
 
 
-def latent_pairs(G: Generator, seeds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The latents of each seed and the next, (z_dim,) each. Raises: UserError."""
-    if len(seeds) < 2:
-        raise UserError(f"--seed {seeds[0]} is one seed; give two or more, to go from each to the next")
-    z = latents(seeds, G.config.z_dim)
-    return list(zip(z, z[1:]))
-
-
 def interpolate(G: Generator, args: argparse.Namespace) -> np.ndarray | list[np.ndarray]:
     """Full images, or one micro patch, on the slerp path from each latent to the next (figures 5 and 23).
 
     A strip per pair, with both ends. As a loop, the last latent leads to the first again.
     """
-    if args.at:
-        i, j = inside(args.at, (G.config.R - 1, G.config.K - 1))
+    at = inside(args.at, (G.config.R - 1, G.config.K - 1)) if args.at else ()
+    ranges = [range(index, index + 1) for index in at]  # of micro patches; none: all
 
     def draw(z: torch.Tensor) -> list[np.ndarray]:
-        if args.at:
-            return [*to_uint8(micro_patches(G, z, torch.full((len(z),), i), torch.full((len(z),), j)))]
-        return [to_uint8(full_image(G, one))[0] for one in z.split(1)]
+        return [to_uint8(full_image(G, one, *ranges))[0] for one in z.split(1)]
 
-    pairs = latent_pairs(G, args.seed + args.seed[:1] if args.gif else args.seed)
-    weight = torch.linspace(0, 1, args.steps, dtype=torch.float64)
+    z, weight = latents(args.seed, G.config.z_dim), torch.linspace(0, 1, args.steps, dtype=torch.float64)
     if args.gif:
-        return [picture for a, b in pairs for picture in draw(slerp(a, b, weight[:-1]))]
-    return sheet([draw(slerp(a, b, weight)) for a, b in pairs])
-
-
-# ---- Between coordinates (section 3.2, figures 6 and 25) ---------------------------------------------------
+        return [picture for a, b in zip(z, z.roll(-1, 0)) for picture in draw(slerp(a, b, weight[:-1]))]
+    return sheet([draw(slerp(a, b, weight)) for a, b in zip(z, z[1:])])
 
 
 def positions(count: int, steps: int, closed: bool) -> torch.Tensor:
@@ -147,8 +133,7 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
     On top those along a row of the image, at the left those down a column, with a line beside the trained
     ones (figure 6); between them those of all pairs of these coordinates (figure 25).
     """
-    config, S = G.config, G.config.S
-    last = config.R - 1, config.K - 1
+    config, S, last = G.config, G.config.S, (G.config.R - 1, G.config.K - 1)
     i, j = (torch.tensor([[index]]) for index in inside(args.at or (last[0] // 2, last[1] // 2), last))
     y, x = (positions(n, args.steps, closed) for n, closed in zip((config.R, config.K), config.closed))
     first, blocks = S + 8, []  # first: where the patches of figure 25 begin, in both directions
@@ -169,17 +154,17 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
 # ---- Two latents in one image (LocoGAN, section 4.3) -------------------------------------------------------
 
 
-def blend_weights(K: int, border: int, blend: int, closed: bool) -> torch.Tensor:
-    """How much of B there is at the K+1 edges of K columns, of A and then B: (K+1,), from 0 for A to 1 for B.
+def blend_weights(K: int, closed: bool) -> torch.Tensor:
+    """How much of B there is at the K+1 edges of K columns: from 0 for A on the left to 1 for B, (K+1,).
 
-    Args: border: the edge between A and B, where it is 0.5; blend: columns on either side of it until it is
-    0 or 1. Closed: edge K is edge 0 again, and a border as well, which leads from B back to A.
+    It grows over a quarter of the columns, at least one, on both sides of edge K // 2. Closed: edge K is edge
+    0 again, and B becomes A there in the same way.
     """
     edge = torch.arange(K + 1)
-    distance = edge - border  # to the border, in columns; negative in A
+    distance = edge - K // 2  # negative in A
     if closed:
         distance = torch.where(distance > 0, distance.minimum(K - edge), distance.maximum(-edge))
-    return (distance / (2 * blend) + 0.5).clamp(0, 1)
+    return (distance / (2 * max(1, K // 4)) + 0.5).clamp(0, 1)
 
 
 def faded_image(G: Generator, left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
@@ -200,23 +185,20 @@ def mix(G: Generator, args: argparse.Namespace) -> np.ndarray:
 
     A strip for each latent and the next. On a closed axis, B becomes A again where the image meets itself.
     """
-    K, closed = G.config.K, G.config.closed[1]
-    border = args.border or K // 2
-    if not 0 < border < K:
-        raise UserError(f"--border {border} is not between two of the {K} columns of micro patches")
-    weight = blend_weights(K, border, args.blend or max(1, min(border, K - border) // 2), closed)
-    hard = (torch.arange(K) >= border).float()
-    A, B = torch.zeros(K), torch.ones(K)
+    K, weight = G.config.K, blend_weights(G.config.K, G.config.closed[1])
+    A, hard, B = torch.zeros(K), (torch.arange(K) >= K // 2).float(), torch.ones(K)
     edges = (A, A), (hard, hard), (weight[:-1], weight[1:]), (B, B)  # how much of B, left and right
-    pairs = latent_pairs(G, args.seed)
-    return sheet([[faded_image(G, *(slerp(a, b, w) for w in both)) for both in edges] for a, b in pairs])
+    rows, z = [], latents(args.seed, G.config.z_dim)
+    for a, b in zip(z, z[1:]):
+        rows.append([faded_image(G, slerp(a, b, left), slerp(a, b, right)) for left, right in edges])
+    return sheet(rows)
 
 
-# ---- From a patch of a photograph (section 3.5, appendix K, figures 9 and 28) ------------------------------
+# ---- From a patch of a photograph (section 3.5, appendix K) ------------------------------------------------
 
 
-def load_heads(path: Path, G: Generator) -> tuple[Discriminator, Head, Head]:
-    """D, A and Q of the checkpoint of G, on its device: `feature` of D gives h, A(h) is c' and Q(h) is z.
+def load_heads(path: Path, G: Generator) -> tuple[core.Discriminator, core.Head, core.Head]:
+    """D, A and Q of the checkpoint of G, on its device, to be called as they are.
 
     Deviation: the batch norm of A and Q has the statistics of 128 generated macro patches. Training's running
     averages lag behind h, which changes quickly: in eight checkpoints of a run with preset small, A's mean
@@ -225,26 +207,21 @@ def load_heads(path: Path, G: Generator) -> tuple[Discriminator, Head, Head]:
     config, device, tensors = G.config, next(G.parameters()).device, core.read_checkpoint(path)[1]["tensors"]
     if "Q.linear1.weight" not in tensors:
         raise UserError(f"{path} has no head Q; name a checkpoint of train --guided, with all its networks")
-    D = Discriminator(config)
-    A, Q = (Head(D.linear.in_features, size) for size in (config.c_dim, config.z_dim))
+    D = core.Discriminator(config)
+    A, Q = (core.Head(D.linear.in_features, size) for size in (config.c_dim, config.z_dim))
     for name, net in (("D.", D), ("A.", A), ("Q.", Q)):
         net.load_state_dict({key: tensors[name + key] for key in net.state_dict()})
         core.fold_spectral_norm(net).to(device).requires_grad_(False).eval()
-
     rng = torch.Generator().manual_seed(0)
     z = core.sample_latents(128, config.z_dim, rng).to(device)
     at = torch.stack(core.sample_positions(replace(config, batch_size=128), rng), dim=1) / config.S
-    h = torch.cat([feature(D, macro_patches(G, *some)) for some in zip(z.split(8), at.split(8))])
+    c_macro = torch.zeros(8, config.c_dim, device=device)  # h does not depend on it
+    h = torch.cat([D(macro_patches(G, *some), c_macro)[1] for some in zip(z.split(8), at.split(8))])
     for head in (A, Q):
         head.norm.momentum = 1  # the statistics of this batch alone
         head.train()(h)
         head.eval()
     return D, A, Q
-
-
-def feature(D: Discriminator, x_macro: torch.Tensor) -> torch.Tensor:
-    """h, which does not depend on c': (B, 3, N·S, M·S) -> (B, features)."""
-    return D(x_macro, x_macro.new_zeros(len(x_macro), D.projection.in_features))[1]
 
 
 def positions_of(c_macro: torch.Tensor, config: Config) -> torch.Tensor:
@@ -271,10 +248,9 @@ def refine(G: Generator, z: torch.Tensor, x_macro: torch.Tensor, at: torch.Tenso
     """Improve z by steps of Adam, so that its macro patch comes closer to x'. The paper has no such thing.
 
     Args: z (1, z_dim) in [-1, 1]; x_macro (1, 3, N·S, M·S); at (1, 2), see `macro_patches`.
-    Returns: the best z of all steps, in [-1, 1], and the errors of the first and of the best z: root mean
-    squares of the differences of pixels, in 0 to 255.
+    Returns: the best z, in [-1, 1], and the root mean square errors of the first and the best z, of 255.
     """
-    z, errors, best = z.clone().requires_grad_(steps > 0), [], None
+    z, errors = z.clone().requires_grad_(steps > 0), []
     adam = torch.optim.Adam([z], lr=0.05)
     for step in range(steps + 1):
         error = (macro_patches(G, z, at) - x_macro).square().mean()
@@ -292,8 +268,7 @@ def refine(G: Generator, z: torch.Tensor, x_macro: torch.Tensor, at: torch.Tenso
 def read_photo(data: bytes, at: tuple[int, int], config: Config):
     """A photograph (H, W, 3) and its macro patch x' (N·S, M·S, 3) at pixel `at`, both uint8.
 
-    The photograph is cropped as in training, and x' is cut out of that, around borders that meet. One of the
-    size of a macro patch is x' itself, and the photograph None.
+    The photograph is cropped as in training. One of the size of a macro patch is x', and the photograph None.
     Raises: ValueError for one that is too small, and whatever Pillow raises for what it cannot read.
     """
     height, width = config.N * config.S, config.M * config.S
@@ -310,10 +285,9 @@ def read_photo(data: bytes, at: tuple[int, int], config: Config):
 
 
 def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config) -> np.ndarray:
-    """The four pictures that `guided` draws of a photograph, side by side on white: (h, w, 3) uint8.
+    """The four pictures of `guided`, side by side on white: (h, w, 3) uint8.
 
-    Args: photo, x_macro: of `read_photo`; s_macro (N·S, M·S, 3), full (H, W, 3) uint8; at, predicted: top and
-    left of x' and of s'.
+    Args: photo, x_macro: of `read_photo`; s_macro (N·S, M·S, 3), full (H, W, 3); at, predicted: corners.
     """
     size, closed, edge = x_macro.shape[:2], config.closed, RED
     if photo is None:
@@ -325,17 +299,15 @@ def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config) -> 
         photo = frame(red, predicted, size, BLUE, closed)
         dashes = np.indices(photo.shape[:2]).sum(axis=0) // 4 % 2 == 0  # of both, where the two coincide
         photo = np.where((dashes & (red == RED).all(axis=2))[..., None], red, photo)
-    panels = [photo]
-    for patch, colour in ((x_macro, edge), (s_macro, BLUE)):
-        panels.append(frame(np.pad(patch, ((1, 1), (1, 1), (0, 0))), (1, 1), size, colour))
-    panels.append(frame(full, predicted, size, BLUE, closed))
-    height, gap, x = max(len(panel) for panel in panels), 6, 0
-    row = np.full((height, sum(panel.shape[1] + gap for panel in panels) - gap, 3), 255, np.uint8)
+    patches = [np.pad(patch, ((1, 1), (1, 1), (0, 0))) for patch in (x_macro, s_macro)]
+    patches = [frame(patch, (1, 1), size, colour) for patch, colour in zip(patches, (edge, BLUE))]
+    panels = [photo, *patches, frame(full, predicted, size, BLUE, closed)]
+    height, gap, columns = max(len(panel) for panel in panels), 6, []
     for panel in panels:
         h, w, _ = panel.shape
-        row[(height - h) // 2 :, x : x + w][:h] = panel
-        x += w + gap
-    return row
+        columns.append(np.full((height, w + gap, 3), 255, np.uint8))
+        columns[-1][(height - h) // 2 :, :w][:h] = panel
+    return np.concatenate(columns, axis=1)[:, :-gap]
 
 
 def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
@@ -345,57 +317,44 @@ def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
     x'; the generated macro patch at A's position, of z = Q(x'), or of what --refine made of that; the full
     image of that z. A photograph that is itself x' is drawn at A's position.
     """
-    config, device = G.config, next(G.parameters()).device
-    torch.backends.cudnn.deterministic = True  # for the gradients of --refine
+    config, sides = G.config, (G.config.height, G.config.width)
+    room = [side - part * config.S for side, part in zip(sides, (config.N, config.M))]
+    last = [side - 1 if closed else free for side, free, closed in zip(sides, room, config.closed)]
+    chosen = inside(args.at or (room[0] // 2, room[1] // 2), last)
     several = os.path.isdir(args.photo) or zipfile.is_zipfile(args.photo)
     names, read, _ = list_images(args.photo) if several else ([args.photo], read_file, None)
-    size, sides = (config.N * config.S, config.M * config.S), (config.height, config.width)
-    last = [side - (1 if closed else part) for side, part, closed in zip(sides, size, config.closed)]
-    chosen = inside(args.at or [(side - part) // 2 for side, part in zip(sides, size)], last)
+    names = names[: args.count]
     D, A, Q = load_heads(args.checkpoint, G)
-    rows, reasons = [], []
-    for name in names[: args.count]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                photo, patch = read_photo(read(name), chosen, config)
-        except Exception as error:  # damaged images raise OSError, SyntaxError, struct.error, IndexError, ...
-            reasons.append(f"{name}: {reason_of(error)}")
+    rows, skipped = [], []
+    for name, found in zip(names, in_threads(lambda name: read_photo(read(name), chosen, config), names)):
+        if isinstance(found, str):  # the reason why it cannot be used
+            skipped.append(f"{name!r}: {found}")
             continue
-        x_macro = torch.from_numpy(patch)[None].to(device).permute(0, 3, 1, 2) / 127.5 - 1
-        h = feature(D, x_macro)
+        photo, patch = found
+        x_macro = torch.from_numpy(patch).permute(2, 0, 1)[None].to(next(G.parameters()).device) / 127.5 - 1
+        _, h = D(x_macro, x_macro.new_zeros(1, config.c_dim))  # h does not depend on c'
         at = positions_of(A(h).cpu(), config)
         z, before, after = refine(G, Q(h), x_macro, at, args.refine)
         s_macro, full = to_uint8(macro_patches(G, z, at))[0], to_uint8(full_image(G, z))[0]
         predicted = tuple(round(p * config.S) % side for p, side in zip(at[0].tolist(), sides))
         rows.append(guided_row(photo, patch, s_macro, full, chosen, predicted, config))
         refined = f", {after:.1f} after {args.refine} steps" if args.refine else ""
-        print(f"{name}: position {predicted}, error {before:.1f} of 255{refined}", flush=True)
-    report_skipped(reasons, len(rows) + len(reasons), "photographs")
+        print(f"{name}: predicted at {predicted}, error {before:.1f} of 255{refined}", flush=True)
+    report_skipped(skipped, len(names), "photographs")
     if not rows:
-        raise UserError(f"{args.photo} has no photograph that can be used; give another file, folder or zip")
+        raise UserError(f"{args.photo} has no photograph that can be used; give a file, folder or zip")
     return grid(np.array(rows), gap=24)
 
 
 # ---- Command -----------------------------------------------------------------------------------------------
 
 
-def two_numbers(text: str) -> tuple[int, int]:
-    first, second = map(int, text.split(","))
-    return first, second
-
-
-def inside(at, last) -> tuple[int, int]:
-    """--at, if both numbers are from 0 to `last`. Raises: UserError."""
-    if not all(0 <= number <= most for number, most in zip(at, last)):
-        raise UserError(f"--at {at[0]},{at[1]} is outside of the image; give 0 to {last[0]} and 0 to {last[1]}")
-    return at
-
-
 def draw(args: argparse.Namespace) -> None:
     """From a checkpoint to the figure of a command, in a file."""
     if getattr(args, "steps", 2) < 2:
-        raise UserError(f"--steps {args.steps} are too few; give 2 or more")
+        raise UserError(f"--steps {args.steps} is too few; give 2 or more")
+    if args.figure in (interpolate, mix) and len(args.seed) < 2:
+        raise UserError(f"--seed {args.seed[0]} is one seed; {args.command} takes two or more")
     device, path = core.choose_device(args.device), core.find_checkpoint(args.checkpoint, args.panorama)
     G, args.checkpoint, animated = core.load(path, device, raw=args.raw), path, getattr(args, "gif", None)
     picture = args.figure(G, args)
@@ -409,36 +368,31 @@ def draw(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, see `run_command`."""
     parser = core.Parser(prog="python -m experiments.figures", description=__doc__.splitlines()[0])
-    commands, adders = parser.add_subparsers(dest="command", required=True), {}
-    for figure in (patches, interpolate, coordinates, mix, guided):
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
+    figures = {patches: [0], interpolate: [1, 2], coordinates: [1], mix: [1, 2], guided: []}  # and seeds
+    for figure, seeds in figures.items():
         command = commands.add_parser(figure.__name__, help=figure.__doc__.splitlines()[0])
         command.set_defaults(figure=figure)
-        adders[figure] = add = command.add_argument
-        add("--checkpoint", metavar="FILE|RUN", help="default: the newest under runs/")
-        add("--panorama", action="store_true", help="the newest checkpoint of a cylinder")
-        add("--out", metavar="FILE", help="a picture (default: beside the checkpoint)")
-        add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    for figure, seeds in ((patches, [0]), (interpolate, [1, 2]), (coordinates, [1]), (mix, [1, 2])):
-        text = f"of the latents (default: {' '.join(map(str, seeds))})"
-        adders[figure]("--seed", type=core.natural, nargs="+", default=seeds, metavar="N", help=text)
-    number = dict(type=core.positive, metavar="N")
-    adders[patches]("--count", default=8, help="how many images, from one --seed on (default: 8)", **number)
-    add = adders[interpolate]
-    add("--steps", default=8, help="images of a strip, with both ends (default: 8)", **number)
-    add("--at", type=two_numbers, metavar="ROW,COLUMN", help="one micro patch, instead of full images")
-    add("--gif", metavar="FILE", help="a loop through all latents instead of a picture: .gif or .webp")
-    add = adders[coordinates]
-    add("--steps", default=16, help="coordinates down, and across (default: 16)", **number)
-    add("--at", type=two_numbers, metavar="ROW,COLUMN", help="of the strips (default: in the middle)")
-    add = adders[mix]
-    add("--border", help="micro patches left of it (default: half of the width)", **number)
-    add("--blend", help="micro patches on both sides in which A becomes B (default: half of a side)", **number)
-    add = adders[guided]
-    add("photo", metavar="PHOTO", help="a photograph, or a folder or zip of them")
-    add("--count", default=16, help="how many of a folder or zip (default: 16)", **number)
-    add("--at", type=two_numbers, metavar="TOP,LEFT", help="of the patch in pixels (default: in the middle)")
-    add("--refine", type=core.natural, default=0, metavar="N", help="steps that improve z (default: 0)")
+        add[figure] = command.add_argument
+        add[figure]("--checkpoint", metavar="FILE|RUN", help="default: the newest under runs/")
+        add[figure]("--panorama", action="store_true", help="the newest checkpoint of a cylinder")
+        add[figure]("--out", metavar="FILE", help="a picture (default: beside the checkpoint)")
+        add[figure]("--raw", action="store_true", help="use G's weights themselves, not their moving average")
+        add[figure]("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+        if seeds:
+            text = f"of the latents (default: {' '.join(map(str, seeds))})"
+            add[figure]("--seed", type=core.natural, nargs="+", default=seeds, metavar="N", help=text)
+    number, two = dict(type=core.positive, metavar="N"), dict(type=core.natural, nargs=2, metavar="N")
+    add[patches]("--count", default=8, help="how many images, from one --seed on (default: 8)", **number)
+    add[interpolate]("--steps", default=8, help="images of a strip, with both ends (default: 8)", **number)
+    add[interpolate]("--at", help="row and column of a micro patch to draw, not full images", **two)
+    add[interpolate]("--gif", metavar="FILE", help="a loop instead of a picture: .gif or .webp")
+    add[coordinates]("--steps", default=16, help="coordinates down, and across (default: 16)", **number)
+    add[coordinates]("--at", help="row and column of the strips (default: in the middle)", **two)
+    add[guided]("photo", metavar="PHOTO", help="a photograph, or a folder or zip of them")
+    add[guided]("--count", default=16, help="how many of a folder or zip (default: 16)", **number)
+    add[guided]("--at", help="top and left of the patch in pixels (default: in the middle)", **two)
+    add[guided]("--refine", type=core.natural, default=0, metavar="N", help="steps to improve z (default: 0)")
     return core.run_command(parser, draw, argv)
 
 
