@@ -6,16 +6,15 @@ import os
 import pytest
 import torch
 
-# As in test_coco_gan.py: before anything imports Triton.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
-ROWS = []  # of the README's table "What it survives"; the long forms, python -m pytest -m stress, make it
+ROWS = []  # of the table in docs/robustness.md, which python -m pytest -m stress prints
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Their networks are so small that a second thread only waits."""
+    """The networks of tests are so small that a second thread only waits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +23,7 @@ def one_thread():
 
 @pytest.fixture
 def survived(request):
-    """survived("kill -9 of training", 200, "resumed, and …") after the last assertion of a test of faults."""
+    """survived("kill -9 of training", 200, "resumed, and …") after the last assertion of a stress test."""
 
     def add(fault: str, tried: int, outcome: str) -> None:
         if request.node.get_closest_marker("stress"):

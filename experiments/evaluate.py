@@ -5,15 +5,15 @@
     python -m experiments.evaluate assets/toy_faces.pt --count 2000 --json faces.jsonl
     python -m experiments.evaluate --features inception-2015-12-05.pt    # with FID and KID
 
-The figures, which metrics.py defines: swd, the sliced Wasserstein distance x 1,000, is the mean of its levels
-(swd_64, …); seam_ratio; on a cylinder seam_ratio_ends, of the border of right and left alone, seam_ratio_columns,
-the mean of the borders of other columns, and azimuth_variety, over that of real images; mean and deviation of
-each channel. Beside each stands its floor, that of more real images in place of generated ones: at a finite
-count not even real images score perfectly. Compare figures of equal counts only.
+The figures, which metrics.py defines: swd, the sliced Wasserstein distance x 1,000, is the mean of its
+levels (swd_64, …); seam_ratio; on a cylinder seam_ratio_ends, of the border of right and left alone,
+seam_ratio_columns, the mean of the borders of other columns, and azimuth_variety, over that of real images;
+mean and deviation of each channel. Beside each stands its floor, that of more real images: at a finite count
+not even real images score perfectly. Compare figures of equal counts only.
 
-Real images are those that `train --holdout` kept out of training, if it kept any. A run gets a line of figures
-per checkpoint in evaluation.jsonl, and best.pt, a copy of the checkpoint with the lowest swd. best.pt is scored
-with the others, and so replaced only by a better one.
+Real images are those that `train --holdout` kept out of training, if it kept any. A run gets a line of
+figures per checkpoint in evaluation.jsonl, and best.pt, a copy of the checkpoint with the lowest swd. best.pt
+is scored with the others, and so replaced only by a better one.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def generate(G: Generator, count: int, seed: int, folder: str | Path) -> np.ndar
 
 
 def compare(real, images, config: Config, seed: int = 0, device="cpu") -> dict[str, float]:
-    """{name: figure} of images (n, H, W, 3) uint8 and as many real ones: swd, seam_ratio and the others above.
+    """{name: figure} of images (n, H, W, 3) uint8 and as many real ones: swd, seam_ratio and the others.
 
     One that the images do not have is left out: all are of one grey, or of a single micro patch.
     """

@@ -331,7 +331,7 @@ def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
             skipped.append(f"{name!r}: {found}")
             continue
         photo, patch = found
-        x_macro = torch.from_numpy(patch).permute(2, 0, 1)[None].to(next(G.parameters()).device) / 127.5 - 1
+        x_macro = torch.tensor(patch, device=next(G.parameters()).device).permute(2, 0, 1)[None] / 127.5 - 1
         _, h = D(x_macro, x_macro.new_zeros(1, config.c_dim))  # h does not depend on c'
         at = positions_of(A(h).cpu(), config)
         z, before, after = refine(G, Q(h), x_macro, at, args.refine)
@@ -340,9 +340,9 @@ def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
         rows.append(guided_row(photo, patch, s_macro, full, chosen, predicted, config))
         refined = f", {after:.1f} after {args.refine} steps" if args.refine else ""
         print(f"{name}: predicted at {predicted}, error {before:.1f} of 255{refined}", flush=True)
-    report_skipped(skipped, len(names), "photographs")
     if not rows:
-        raise UserError(f"{args.photo} has no photograph that can be used; give a file, folder or zip")
+        raise UserError(f"{args.photo} has no photograph that can be used: {(skipped or ['no image'])[0]}")
+    report_skipped(skipped, len(names), "photographs")
     return grid(np.array(rows), gap=24)
 
 
