@@ -11,7 +11,7 @@ form a macro patch s'. D sees macro patches only: generated ones, and crops x' o
 exist only in sampling.
 
 Source: Lin et al., "COCO-GAN: Generation by Parts via Conditional Coordinating", ICCV 2019. Sections,
-equations, figures, tables and appendices named below are that paper's. The order is always rows first: (y, x).
+equations, figures, tables and appendices named below are that paper's. Rows always come first: (y, x).
 
     z            latent vector, uniform on [-1, 1], one for all patches of an image
     c_micro      c'', coordinate of a micro patch: (y, x) on the plane, (y, cos θ, sin θ) on a cylinder
@@ -445,7 +445,7 @@ class Head(nn.Module):
 
 # ---- Losses (section 2, equations 1 to 4) ------------------------------------------------------------------
 # D and A minimise -L_W + λ L_GP + α L_S(x'), G minimises L_W + α L_S(s'). Equation 1 prints L_W with the
-# opposite signs, with which D would learn to prefer s'. With --guided, D, G and Q minimise alpha_q L_Q(s'), too.
+# opposite signs, with which D would learn to prefer s'. With --guided, D, Q and G add alpha_q L_Q(s').
 
 
 def wasserstein(score_real: torch.Tensor, score_generated: torch.Tensor) -> torch.Tensor:
@@ -660,8 +660,8 @@ def micro_patches(G: Generator, z: torch.Tensor, i: torch.Tensor, j: torch.Tenso
 def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None):
     """s = φ(G(z, C''_full)): full images, each from the R·K micro patches of its own latent vector.
 
-    Args: z (B, z_dim) in [-1, 1], on any device; rows, columns: of the micro patches to make (default: 0 … R-1
-    and 0 … K-1). Those outside extrapolate; where borders meet, they wrap around.
+    Args: z (B, z_dim) in [-1, 1], on any device; rows, columns: of the micro patches to make (default: 0 …
+    R-1 and 0 … K-1). Those outside extrapolate; where borders meet, they wrap around.
     Returns: (B, 3, len(rows)·S, len(columns)·S) float32 in [-1, 1], on the device of G.
     Source: section 2, "testing phase"; section 3.3 for extrapolation; section 3.4 for partial generation.
     """

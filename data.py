@@ -19,6 +19,7 @@ import os
 import re
 import stat
 import sys
+import threading
 import warnings
 import zipfile
 from collections import deque
@@ -164,7 +165,7 @@ def list_images(source: str) -> tuple[list[str], Callable[[str], bytes], list[st
         hint = f"did you mean {os.path.join(folder, near[0])}? Give" if near else "give"
         raise UserError(f"--data {source} does not exist; {hint} a folder or a zip, or {' or '.join(TOYS)}")
     try:
-        archive = zipfile.ZipFile(open(source, "rb"))  # a file handed to it, which threads cannot close
+        archive, lock = zipfile.ZipFile(source), threading.Lock()  # it counts its readers without a lock
         members = {member.filename: member for member in archive.infolist() if is_image(member.filename)}
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise UserError(
@@ -174,7 +175,8 @@ def list_images(source: str) -> tuple[list[str], Callable[[str], bytes], list[st
     def read(name: str) -> bytes:
         if members[name].file_size > MAX_FILE_BYTES:
             raise ValueError(f"unpacks to {members[name].file_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
-        return archive.read(members[name])
+        with lock:
+            return archive.read(members[name])
 
     found = os.stat(source)
     return sorted(members), read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
@@ -255,7 +257,7 @@ def reason_of(error: Exception) -> str:
 
 
 def decode_all(names, read, height: int, width: int, crop: str, seed: int) -> Iterator[np.ndarray]:
-    """The images that can be decoded, in order. The others are counted and the first five named, on stderr."""
+    """The images that can be decoded, in order. Others are counted and the first five named, on stderr."""
 
     def decode(name: str) -> np.ndarray:
         return decode_image(read(name), height, width, crop, *displacement(seed, name))

@@ -1,233 +1,200 @@
-"""Test experiments/figures.py and experiments/extrapolate.py."""
+"""Test experiments/figures.py on small untrained networks: python -m pytest experiments/test_figures.py"""
 
-import dataclasses
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.func import functional_call
 
-import coco_gan
-from coco_gan import COCOGAN, Config, full_image, latents, to_uint8
-from experiments import extrapolate, figures
+import coco_gan as core
+from coco_gan import COCOGAN, Config, full_image, grid, latents, micro_patches, spectral_norm, to_uint8
+from experiments import figures
 
-CPU = torch.device("cpu")
-UNEVEN = Config(height=16, width=24, N=2, M=3, S=4, z_dim=8, width_g=2, width_d=2, batch_size=4, steps=4)
-CYLINDER = dataclasses.replace(UNEVEN, topology="cylinder")
-
-
-def picture(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
+S, H, WIDTHS = 8, 24, {"plane": 32, "cylinder": 48, "torus": 48}  # 3 x 4 and 3 x 6 micro patches
+h, w, TOYS = 2 * S, 3 * S, core.ASSETS / "toy_faces.pt"  # h, w: of a macro patch
 
 
-def flags(config):
-    given = {name: value for name, value in vars(config).items() if not isinstance(value, bool)}
-    return [word for name, value in given.items() for word in (coco_gan.flag(name), str(value))]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A guided run, in the folder above its name, with the cache beside it."""
-    folder = tmp_path_factory.mktemp("figures")
-    place = ["--run", str(folder / "run"), "--cache", str(folder / "cache"), "--device", "cpu", "--guided"]
-    assert coco_gan.main(["train", *flags(UNEVEN), *place]) == 0
-    return folder
+def new_model(topology="plane"):
+    form = dict(height=H, width=WIDTHS[topology], N=2, M=3, S=S, z_dim=5, width_g=2, width_d=2, guided=True)
+    gan = COCOGAN(Config(**form, topology=topology), torch.device("cpu"))
+    gan.G_ema.conv.weight *= 1e-4  # untrained, G gives hardly anything but black and white
+    gan.G_ema.conv.weight *= 0.5 / full_image(gan.G_ema, latents(range(9), 5)).std()
+    return gan
 
 
 @pytest.fixture
-def here(trained, tmp_path, monkeypatch):
-    (tmp_path / "run").symlink_to(trained / "run")
-    (tmp_path / "cache").symlink_to(trained / "cache")
+def run(tmp_path, capsys, monkeypatch):
+    """Run a command on plane.pt, or another topology's: (lines of its output, its picture if there is one)."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+
+    def run(line, topology="plane"):
+        core.save_checkpoint(new_model(topology), tmp_path / f"{topology}.pt", "images")
+        command, *rest = line.split()
+        status = figures.main([command, "--checkpoint", f"{topology}.pt", "--device", "cpu", *rest])
+        out, err = capsys.readouterr()
+        assert status == (2 if "error: " in err else 0)
+        picture = tmp_path / f"{topology}-{command}.png"
+        return (out + err).splitlines(), np.array(Image.open(picture)) if picture.exists() else None
+
+    return run
 
 
-def draw(*words):
-    assert figures.main([*words, "--checkpoint", "run", "--out", "a.png", "--device", "cpu"]) == 0
-    return picture("a.png")
+def drawn(G, z):
+    """What `sample` draws of each latent alone: (n, H, W, 3) uint8."""
+    return to_uint8(torch.cat([full_image(G, one) for one in z.split(1)]))
 
 
-def images(*seeds):
-    return to_uint8(full_image(coco_gan.load("run"), latents(seeds, 8)))
+def near(a, b):  # float32 rounds differently in batches of different sizes
+    return np.shape(a) == np.shape(b) and np.abs(np.subtract(a, b, dtype=float)).max() <= 1
 
 
-def test_slerp_turns_and_grows_evenly_and_meets_its_ends():
-    a, b = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 3, 0])
-    path = figures.slerp(a, b, torch.linspace(0, 1, 5))
-    angles = torch.atan2(path[:, 1], path[:, 0]) * 2 / math.pi
-    torch.testing.assert_close(angles, torch.linspace(0, 1, 5))
-    torch.testing.assert_close(path.norm(dim=1), torch.linspace(1, 3, 5))
-    a, b = latents([1, 2], 8)
-    assert torch.equal(figures.slerp(a, b, torch.tensor([0.0, 1.0])), torch.stack([a, b]))
-    assert figures.slerp(a, -a, torch.tensor([0.5])).abs().max() < 1e-6  # no arc: a line
+def test_slerp_turns_and_lengthens_evenly():
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
+    path = [[2, 0], [5 / 3 * math.cos(math.pi / 6), 5 / 6], [1.5 * 0.5**0.5] * 2, [0, 1]]
+    torch.testing.assert_close(figures.slerp(a, b, torch.tensor([0, 1 / 3, 0.5, 1])), torch.tensor(path))
+    a, b = latents([1, 2])
+    assert torch.equal(figures.slerp(a, b, torch.tensor([0, 1])), torch.stack([a, b]))
+    for end in (a, -a):  # no arc
+        line = figures.slerp(a, end, torch.tensor([0, 0.25, 1]))
+        torch.testing.assert_close(line, torch.stack([a, 0.75 * a + 0.25 * end, end]))
 
 
-def test_positions_and_weights():
+def test_positions_and_weights_known_answers():
     assert figures.positions(4, 7, closed=False).tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
-    assert figures.positions(4, 8, closed=True).tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
+    assert figures.positions(6, 4, closed=True).tolist() == [0, 1.5, 3, 4.5]
     assert figures.blend_weights(8, closed=False).tolist() == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert figures.blend_weights(8, closed=True).tolist() == [0.5, 0.25, 0, 0.25, 0.5, 0.75, 1, 0.75, 0.5]
+    assert figures.blend_weights(6, closed=True).tolist() == [0.5, 0, 0, 0.5, 1, 1, 0.5]
 
 
-def test_interpolation_leads_from_image_to_image(here):
-    sheet = draw("interpolate", "--seed", "1", "2", "3", "--steps", "3")
-    one, two, three = images(1, 2, 3).astype(int)
-    assert sheet.shape == (3 * 16 + 2 * 2, 2 * 24 + 2, 3)  # wide images: a strip per column
-    for top, left, image in ((0, 0, one), (36, 0, two), (0, 26, two), (36, 26, three)):
-        assert np.abs(sheet[top : top + 16, left : left + 24] - image).max() <= 1
-    patch = draw("interpolate", "--seed", "1", "2", "--steps", "2", "--at", "2", "5")
-    assert patch.shape == (4, 10, 3) and np.abs(patch[:, :4] - one[8:12, 20:24]).max() <= 1
-    words = ["interpolate", "--gif", "loop.webp", "--checkpoint", "run", "--steps", "4"]
-    assert figures.main([*words, "--device", "cpu"]) == 0
-    with Image.open("loop.webp") as loop:
-        assert loop.n_frames == 6  # three from each of two latents, for the fourth is the next one's first
+def test_frames_stay_in_the_image_or_wrap_around():
+    for corner, size, closed, expected in (
+        ((2, 2), (2, 3), (False, False), "....... .#####. .#...#. .#...#. .#####. ......."),
+        ((0, 4), (3, 3), (False, True), "#..#### #..#... #..#... #..#### ....... ......."),
+    ):
+        images = figures.frame(np.zeros((2, 6, 7, 3), np.uint8), corner, size, (9, 0, 9), closed)
+        line = np.array([[letter == "#" for letter in row] for row in expected.split()])
+        assert np.array_equal(images, np.broadcast_to(line[..., None] * np.array([9, 0, 9]), images.shape))
 
 
-def test_coordinates_mark_the_trained_positions(here):
-    block = draw("coordinates", "--steps", "7", "--seed", "1", "--at", "1", "2")
-    image, first, step = images(1)[0].astype(int), 12, 6
-    for k, row in ((0, 0), (2, 1), (4, 2), (6, 3)):  # 4 rows in 7 steps: every second is a trained one
-        patch = block[first + k * step :, :4][:4]
-        assert np.abs(patch - image[4 * row : 4 * row + 4, 8:12]).max() <= 1
-        assert (block[first + k * step, 7] == 0).all() and (
-            block[first + (k or 1) * step - 6 * (not k), 7] == 0
-        ).all()
-    assert (block[first + step, 7] == 255).all()
+def test_patches_are_cut_out_of_their_images(run):
+    _, picture = run("patches --seed 7 --count 4")
+    images = drawn(new_model().G_ema, latents([7, 8, 9, 10], 5))
+    assert picture.shape == (H + h + S + 16, 4 * 40 - 8, 3)
+    for b, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        column, macro = picture[:, 40 * b :][:, :32], images[b, i * S :, j * S :][:h, :w]
+        assert near(column[:H], images[b]) and near(column[H + 8 :][:h, :w], macro)
+        assert near(column[-S:, :S], macro[:S, :S])
 
 
-def test_mix_fades_from_one_latent_to_the_other(here):
-    sheet = draw("mix", "--seed", "1", "2")
-    a, b = images(1, 2).astype(int)
-    rows = [sheet[k * 18 : k * 18 + 16].astype(int) for k in range(4)]
-    assert np.abs(rows[0] - a).max() <= 1 and np.abs(rows[3] - b).max() <= 1
-    hard = np.concatenate([a[:, :12], b[:, 12:]], axis=1)
-    assert np.abs(rows[1] - hard).max() <= 1
-    assert np.abs(rows[2][:, :8] - a[:, :8]).max() <= 1 and np.abs(rows[2][:, 16:] - b[:, 16:]).max() <= 1
+@pytest.mark.parametrize("topology", WIDTHS)
+def test_interpolation_goes_from_image_to_image(topology, run, monkeypatch):
+    G, z, loop = new_model(topology).G_ema, latents([5, 2, 9], 5), []
+    monkeypatch.setattr(figures, "save_animation", lambda pictures, path: loop.extend(pictures))
+    weights = torch.linspace(0, 1, 5, dtype=torch.float64)
+    path = [drawn(G, figures.slerp(a, b, weights)) for a, b in zip(z, z.roll(-1, 0))]  # (3, 5, H, W, 3)
+    assert np.array_equal([images[0] for images in path], drawn(G, z))
+    _, picture = run("interpolate --seed 5 2 9 --steps 5", topology)
+    columns = [images[k] for k in range(5) for images in path[:2]]  # wider than high: a column a pair
+    assert np.array_equal(picture, grid(np.array(columns), 2))
+    _, strip = run("interpolate --seed 5 2 --steps 5 --at 2 1", topology)
+    assert near(strip, grid(path[0][:, 2 * S :, S : 2 * S], 5))
+    run("interpolate --seed 5 2 9 --steps 5 --gif a.gif", topology)
+    assert np.array_equal(loop, [image for images in path for image in images[:4]])
 
 
-def test_patches_are_cut_from_their_images(here):
-    picture_, some = draw("patches", "--count", "3"), images(0, 1, 2)
-    for b, left in enumerate((0, 32, 64)):
-        image = picture_[:16, left : left + 24]
-        assert np.abs(image.astype(int) - some[b]).max() <= 1
-        macro = picture_[24:32, left : left + 12]
-        i, j = [(0, 0), (1, 0), (2, 0)][b]  # 3 x 4 positions, every fourth of them
-        assert np.array_equal(macro, image[4 * i : 4 * i + 8, 4 * j : 4 * j + 12])
-        assert np.array_equal(picture_[40:44, left : left + 4], macro[:4, :4])
+@pytest.mark.parametrize("topology", WIDTHS)
+def test_coordinates_at_and_between_the_trained_ones(topology, run):
+    G, z = new_model(topology).G_ema, latents([6], 5)
+    y, x = (figures.positions(n, 6, closed) for n, closed in zip((3, G.config.K), G.config.closed))
+    _, picture = run("coordinates --seed 6 --steps 6 --at 2 3", topology)
+    for part, rows, columns in (
+        (picture[S + 8 :, S + 8 :], y, x),
+        (picture[:S, S + 8 :], torch.tensor([2.0]), x),
+        (picture[S + 8 :, :S], y, torch.tensor([3.0])),
+    ):
+        i, j = (t.flatten() for t in torch.meshgrid(rows, columns, indexing="ij"))
+        assert near(part, grid(to_uint8(micro_patches(G, z.expand(len(i), -1), i, j)), len(columns)))
+    for position, line in ((x, picture[S + 3, S + 8 :]), (y, picture[S + 8 :, S + 3])):
+        marks = [line[k * (S + 2) :][:S].any() for k in range(6)]  # black beside trained positions
+        assert marks == (position % 1 != 0).tolist()
 
 
-@pytest.mark.parametrize("config", [UNEVEN, CYLINDER])
-def test_positions_of_inverts_the_coordinates(config):
-    at = torch.tensor([[0.0, 0.0], [1.5, 2.25], [2.0, 3.0]])
-    c_macro = coco_gan.macro_coordinates(config, *at.T)
-    torch.testing.assert_close(figures.positions_of(c_macro, config), at)
+@pytest.mark.parametrize("topology", WIDTHS)
+def test_mix_is_a_on_the_left_and_b_on_the_right(topology, run):
+    G, z, K = new_model(topology).G_ema, latents([3, 8], 5), WIDTHS[topology] // S
+    first, hard, blend, last = (run("mix --seed 3 8", topology)[1][k * (H + 2) :][:H] for k in range(4))
+    a, b = drawn(G, z)
+    half = np.arange(K * S)[:, None] < K // 2 * S
+    assert np.array_equal([first, hard, last], [a, np.where(half, a, b), b]) and not near(a, b)
+    edges = drawn(G, figures.slerp(*z, figures.blend_weights(K, G.config.closed[1])))
+    for x in range(K * S):
+        j, part = x // S, (x % S + 0.5) / S
+        assert near(blend[:, x], (1 - part) * edges[j][:, x] + part * edges[j + 1][:, x])
 
 
-def test_refining_finds_a_closer_patch(here):
-    G = coco_gan.load("run")
-    z, at = latents([3, 4], 8), torch.tensor([[1.0, 2.0]])
-    x_macro = figures.macro_patches(G, z[:1], at).detach()
-    image = full_image(G, z[:1])
-    torch.testing.assert_close(x_macro, image[:, :, 4:12, 8:20])  # s' at (1, 2)
-    _, first, last = figures.refine(G, z[1:], x_macro, at, 50)
-    assert last < 0.6 * first
+@pytest.mark.parametrize("topology", WIDTHS)
+def test_positions_of_inverts_coordinates(topology):
+    config, at = new_model(topology).config, torch.tensor([(0, 0), (0.3, 0.75), (1, 1)])
+    torch.testing.assert_close(figures.positions_of(core.macro_coordinates(config, *at.T), config), at)
 
 
-def test_guided_draws_photographs_of_a_folder(here, capsys):
-    rng = np.random.default_rng(0)
-    os.mkdir("photos")
-    for name, size in (("a.png", (40, 30)), ("b.png", (8, 12)), ("c.png", (4, 4)), ("d.png", (40, 30))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(f"photos/{name}")
-    sheet = draw("guided", "photos", "--count", "3", "--at", "4", "8", "--refine", "2")
-    out, err = capsys.readouterr()
-    assert "a.png: predicted at" in out and "d.png" not in out and "skipped 1 of 3 photographs" in err
-    assert "smaller than a macro patch, 12 x 8" in err
-    row = sheet[:16]
-    red = (row[:, :24] == figures.RED).all(-1)
-    assert red[3, 7:21].any() and red[12, 7:21].any()  # around rows 4 to 11 and columns 8 to 19
-    photo = coco_gan.load("run").config
-    _, x_macro = figures.read_photo(Path("photos/a.png").read_bytes(), (4, 8), photo)
-    assert np.array_equal(row[4:12, 31:43], x_macro)
+def test_heads_predict_as_in_training_on_generated_patches(tmp_path):
+    gan = new_model("torus")
+    core.save_checkpoint(gan, tmp_path / "a.pt", "images")
+    G = core.load(tmp_path / "a.pt")
+    D, *heads = figures.load_heads(tmp_path / "a.pt", G)
+    rng = torch.Generator().manual_seed(0)  # the patches that the batch norms have seen
+    z, at = core.sample_latents(128, 5, rng), core.sample_positions(gan.config, rng)
+    inputs = figures.macro_patches(G, z, torch.stack(at, dim=1) / S), torch.zeros(128, 4)
+    _, h = D(*inputs)
+    torch.testing.assert_close(h, functional_call(gan.D, spectral_norm(gan.D, iterate=False), inputs)[1])
+    for head, net in zip(heads, (gan.A, gan.Q)):
+        expected = functional_call(net, spectral_norm(net, iterate=False), (h,))  # with the statistics of h
+        torch.testing.assert_close(head(h), expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("interpolate --seed 1", "--seed 1 is one seed; interpolate takes two or more"),
-        ("interpolate --steps 1", "--steps 1 is too few; give 2 or more"),
-        ("interpolate --at 4 0", "--at 4 0 is outside of the image; give 0 to 3 and 0 to 5"),
-        ("guided nowhere.jpg", "has no photograph that can be used"),
+def test_refinement_lowers_the_error_and_stays_inside():
+    G, z, start = new_model().G_ema, latents([1], 5), latents([2], 5)
+    x_macro, at = full_image(G, z)[..., S : S + h, :w], torch.tensor([[1.0, 0.0]])
+    before = 127.5 * (figures.macro_patches(G, start, at) - x_macro).square().mean().sqrt()
+    best, first, least = figures.refine(G, start, x_macro, at, 60)
+    assert first == pytest.approx(before.item()) and least < 0.3 * first and best.abs().max() <= 1
+    assert figures.refine(G, best, x_macro, at, 0)[1] == pytest.approx(least, abs=1e-3)
+    assert figures.refine(G, z, x_macro, at, 3)[2] == pytest.approx(0, abs=1e-3)  # it keeps the best
+
+
+def test_guided_draws_photographs_patches_and_full_images(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photos = np.random.default_rng(0).integers(0, 255, (4, H, 32, 3), np.uint8)
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"photos/{number}.png")
+    (tmp_path / "photos/1.png").write_text("no image")
+    lines, picture = run("guided photos --count 3 --at 5 7")
+    assert picture.shape == (2 * H + 24, 2 * 32 + 2 * (w + 2) + 3 * 6, 3)  # of 0.png and 2.png
+    assert "1.png" in lines[-1] and not any("3.png" in line for line in lines)
+    row, red, blue = picture[-H:], figures.RED, figures.BLUE
+    photo, x_macro, s_macro, full = row[:, :32], row[3:21, 38:64], row[3:21, 70:96], row[:, 102:]
+    line = (photo == blue).all(axis=2)
+    assert np.array_equal(photo[~line], figures.frame(photos[2], (5, 7), (h, w), red)[~line]) and line.any()
+    assert np.array_equal(x_macro[1:-1, 1:-1], photos[2][5:21, 7:31]) and (x_macro[[0, -1]] == red).all()
+    assert (s_macro[:, [0, -1]] == blue).all() and (full[line] == blue).all()
+    error = np.sqrt(np.square(s_macro[1:-1, 1:-1] - x_macro[1:-1, 1:-1].astype(float)).mean())
+    assert float(lines[1].split()[-3]) == pytest.approx(error, abs=0.5)
+
+
+def test_mistakes_are_one_line(run):
+    for line, message in (
+        ("interpolate --seed 4", "--seed 4 is one seed; interpolate takes two or more"),
+        ("mix --seed -1", "argument --seed: '-1' is no whole number from 0 on"),
+        ("coordinates --steps 1", "--steps 1 is too few; give 2 or more"),
+        ("coordinates --at 0 4", "--at 0 4 is outside of the image; give 0 to 2 and 0 to 3"),
+        ("interpolate --gif a.png", "a.png is not the name of an animation"),
         ("patches --out a.txt", "a.txt is not the name of a picture"),
-    ],
-)
-def test_mistakes_are_one_line(words, message, here, capsys):
-    assert figures.main([*words.split(), "--checkpoint", "run", "--device", "cpu"]) == 2
-    *_, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ") and message in error
-
-
-# ---- Post-training -----------------------------------------------------------------------------------------
-
-
-def margin_step(config):
-    gan = COCOGAN(config, CPU)
-    adam = gan.opt_G.defaults
-    opt_G, opt_D = (torch.optim.Adam(p, **adam) for p in (gan.G.blocks[:2].parameters(), gan.D.parameters()))
-    images = torch.randint(256, (6, config.height, config.width, 3), dtype=torch.uint8)
-    batch = coco_gan.draw_batch(config, images, torch.arange(6), gan.rng, CPU)
-    margin = extrapolate.choose_margin(config, 1)
-    return gan, lambda: extrapolate.margin_step(gan, opt_G, opt_D, margin, *batch)
-
-
-@pytest.mark.parametrize("config", [UNEVEN, dataclasses.replace(CYLINDER, guided=True)])
-def test_post_training_changes_d_and_the_first_two_blocks_of_g_alone(config):
-    gan, step = margin_step(config)
-    before = {name: p.clone() for name, p in gan.named_parameters()}
-    step()
-    changed = {name for name, p in gan.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for name in changed if not name.startswith("D.")} == {
-        name for name in before if name.startswith(("G.blocks.0.", "G.blocks.1.")) and name in changed
-    }
-    assert any(name.startswith("G.blocks.1.") for name in changed) and "D.projection.weight" in changed
-
-
-def test_patches_reach_beyond_open_borders_and_have_no_spatial_loss_there(monkeypatch):
-    assert extrapolate.choose_margin(UNEVEN, 2) == (2, 2) and extrapolate.choose_margin(CYLINDER, 2) == (2, 0)
-    gan, step = margin_step(dataclasses.replace(UNEVEN, batch_size=64))
-    seen = []
-    measure = extrapolate.spatial_consistency
-    monkeypatch.setattr(extrapolate, "spatial_consistency", lambda c, p: seen.append((c, p)) or measure(c, p))
-    step()
-    (c_real, _), (c_generated, prediction) = seen
-    assert c_real.abs().max() <= 1
-    outside = (c_generated == 0).all(dim=1) & (prediction == 0).all(dim=1)
-    assert 0.3 < outside.float().mean() < 0.8  # of 5 x 6 positions 3 x 4 are inside
-    assert c_generated[~outside].abs().max() <= 1 + 1e-4
-
-
-def test_seams_tell_the_margin_from_the_inside():
-    images = np.random.default_rng(0).integers(0, 20, (4, 24, 32, 3)).astype(np.uint8)
-    images[:, 4:20, 4:28] += 60  # steps only at the borders of the margin, of one patch of 4
-    outer, inner = extrapolate.seams(images, 4, (1, 1))
-    assert outer > 3 and inner == pytest.approx(1, abs=0.2)
-    assert math.isnan(extrapolate.seams(images, 4, (0, 0))[0])
-
-
-def test_a_post_trained_run(here, capsys):
-    assert extrapolate.main(["run", "--steps", "2", "--run", "post", "--device", "cpu"]) == 0
-    names = {path.name for path in Path("post").iterdir()}
-    assert {"best.pt", "config.json", "log.jsonl", "checkpoint-000000006.pt"} <= names
-    entry = json.loads(Path("post/log.jsonl").read_text().splitlines()[-1])
-    assert entry["step"] == 6 and {"margin_seam", "inner_seam", "L_W"} <= entry.keys()
-    sheet = picture("post/sample-000000006.png")
-    red = (sheet[:24, :32] == figures.RED).all(-1)
-    assert red[3, 3:29].all() and red[20, 3:29].all() and red[3:21, 3].all() and not red[5:19, 5:27].any()
-    words = ["--checkpoint", "post/best.pt", "--extrapolate", "1", "--count", "1", "--out", "b.png"]
-    assert coco_gan.main(["sample", *words, "--device", "cpu"]) == 0 and picture("b.png").shape == (24, 32, 3)
-    assert extrapolate.main(["run", "--run", "post", "--device", "cpu"]) == 2
-    assert "--run post exists; name a new folder" in capsys.readouterr().err
+        ("guided none.png", "none.png has no photograph that can be used: 'none.png': [Errno 2] No such"),
+        (f"guided a.png --checkpoint {TOYS}", f"{TOYS} has no head Q; name a checkpoint of train --guided"),
+        ("guided a.png --at 9 0", "--at 9 0 is outside of the image; give 0 to 8 and 0 to 8"),
+    ):
+        (error,), _ = run(line)
+        assert error.startswith(f"error: {message}")
