@@ -982,6 +982,10 @@ def train(args: argparse.Namespace) -> int:
     if args.resume is None:
         preset = args.preset or default_preset(args.panorama, device, given)
         config = check_config(Config(**{**PRESETS[preset], **given}))
+        if args.panorama and config.topology != "cylinder":
+            raise UserError(
+                f"--panorama needs a cylinder, and preset {preset} is none; leave one of them out"
+            )
         stored = load_stored(config, args.cache)
         gan = COCOGAN(config, device)
         names = (f"runs/{preset}-{number:03d}" for number in itertools.count(1))

@@ -501,7 +501,7 @@ def _draw_landscapes(draws: np.ndarray, y: np.ndarray, x: np.ndarray, pixel: flo
     sun_x, sun_y = uniform(-0.6, 0.6), horizon - uniform(0.35, 0.8)
     slope = np.clip((y + 1) / (horizon + 1), 0, 1) ** uniform(0.7, 1.6)
     image = zenith + slope * (haze - zenith) + 0 * x
-    # Half of the height, 1, stands for 60°, which is 1.05 in the units of x: with that the sun is round.
+    # Half of the height, 1, is 60°, or 1.05 in the units of x: with that the sun is round.
     turn = np.abs((x - sun_x + np.pi) % (2 * np.pi) - np.pi)
     away = np.hypot(turn / 1.05, y - sun_y)
     glow = 60 * np.exp(-4 * away)
