@@ -55,8 +55,7 @@ def test_slerp_turns_and_lengthens_evenly():
     a, b = latents([1, 2])
     assert torch.equal(figures.slerp(a, b, torch.tensor([0, 1])), torch.stack([a, b]))
     for end in (a, -a):  # no arc
-        line = figures.slerp(a, end, torch.tensor([0, 0.25, 1]))
-        torch.testing.assert_close(line, torch.stack([a, 0.75 * a + 0.25 * end, end]))
+        torch.testing.assert_close(figures.slerp(a, end, torch.tensor([0.5]))[0], (a + end) / 2)
 
 
 def test_positions_and_weights():
@@ -79,7 +78,6 @@ def test_frames_stay_in_the_image_or_wrap_around():
 def test_patches_are_cut_out_of_their_images(run):
     _, picture = run("patches --seed 7 --count 4")
     images = drawn(new_model().G_ema, latents([7, 8, 9, 10], 5))
-    assert picture.shape == (H + h + S + 16, 4 * 40 - 8, 3)
     for b, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         column, macro = picture[:, 40 * b :][:, :32], images[b, i * S :, j * S :][:h, :w]
         assert near(column[:H], images[b]) and near(column[H + 8 :][:h, :w], macro)
@@ -151,7 +149,8 @@ def test_refinement_lowers_the_error_and_stays_inside():
     x_macro, at = full_image(G, z)[..., S : S + h, :w], torch.tensor([[1.0, 0.0]])
     before = 127.5 * (full_image(G, start)[..., S : S + h, :w] - x_macro).square().mean().sqrt().item()
     best, first, least = figures.refine(G, start, x_macro, at, 60)
-    assert first == pytest.approx(before) and least < 0.3 * first and best.abs().max() <= 1
+    assert first == pytest.approx(before) and least < 0.3 * first
+    assert figures.refine(G, z.sign(), 2 * x_macro, at, 9)[0].abs().max() <= 1
     assert figures.refine(G, best, x_macro, at, 0)[1] == pytest.approx(least, abs=1e-3)
     assert figures.refine(G, z, x_macro, at, 3)[2] == pytest.approx(0, abs=1e-3)  # it keeps the best
 
@@ -166,10 +165,16 @@ def test_guided_draws_photographs_patches_and_full_images(run, tmp_path):
     assert len(picture) == 2 * H + 24 and "1.png" in lines[-1] and not any("3.png" in line for line in lines)
     row, red, blue = picture[-H:], figures.RED, figures.BLUE
     photo, x_macro, s_macro, full = row[:, :32], row[3:21, 38:64], row[3:21, 70:96], row[:, 102:]
-    line = (photo == blue).all(axis=2)
-    assert np.array_equal(photo[~line], figures.frame(photos[2], (5, 7), (h, w), red)[~line]) and line.any()
     assert np.array_equal(x_macro[1:-1, 1:-1], photos[2][5:21, 7:31]) and (x_macro[[0, -1]] == red).all()
-    assert (s_macro[:, [0, -1]] == blue).all() and (full[line] == blue).all()
+    D, A, Q = figures.load_heads(tmp_path / "plane.pt", G := new_model().G_ema)
+    _, feature = D(
+        torch.tensor(photos[2:, 5:21, 7:31]).permute(0, 3, 1, 2)[:1] / 127.5 - 1, torch.zeros(1, 2)
+    )
+    at = (S * figures.positions_of(A(feature), G.config)[0]).round().int().tolist()
+    assert near(full, figures.frame(drawn(G, Q(feature))[0], at, (h, w), blue))
+    line = (photo == blue).all(axis=2)
+    assert np.array_equal(photo[~line], figures.frame(photos[2], (5, 7), (h, w), red)[~line])
+    assert (s_macro[:, [0, -1]] == blue).all() and (full[line] == blue).all() and line.any()
     error = np.sqrt(np.square(s_macro[1:-1, 1:-1] - x_macro[1:-1, 1:-1].astype(float)).mean())
     assert float(lines[1].split()[-3]) == pytest.approx(error, abs=0.5)
 
@@ -179,7 +184,6 @@ def test_mistakes_are_one_line(run):
         ("interpolate --seed 4", "--seed 4 is one seed; interpolate takes two or more"),
         ("coordinates --steps 1", "--steps 1 is too few; give 2 or more"),
         ("coordinates --at 0 4", "--at 0 4 is outside of the image; give 0 to 2 and 0 to 3"),
-        ("interpolate --gif a.png", "a.png is not the name of an animation"),
         ("guided none.png", "none.png has no photograph that can be used: 'none.png': [Errno 2] No such"),
         (f"guided a.png --checkpoint {TOYS}", f"{TOYS} has no head Q; name a checkpoint of train --guided"),
         ("guided a.png --at 9 0", "--at 9 0 is outside of the image; give 0 to 8 and 0 to 8"),
