@@ -238,15 +238,15 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
         except Exception as error:  # damaged images raise OSError, SyntaxError, struct.error, IndexError, ...
             return reason_of(error)
 
-    threads, items = os.cpu_count() or 1, iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(safe, item) for item in itertools.islice(items, 8 * threads))
-        try:
-            while ahead:
-                yield ahead.popleft().result()
-                ahead.extend(pool.submit(safe, item) for item in itertools.islice(items, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool, items = ThreadPoolExecutor(cores), iter(items)
+    try:
+        ahead = deque(pool.submit(safe, item) for item in itertools.islice(items, 8 * cores))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(safe, item) for item in itertools.islice(items, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def reason_of(error: Exception) -> str:

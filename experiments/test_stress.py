@@ -124,7 +124,7 @@ def resume_until_done(disk, undisturbed):
     assert files(disk / "run") == undisturbed
 
 
-@forms(4, 60)
+@forms(4, 30)
 def test_kill_9_in_training(tries, disk, undisturbed, survived):
     rng, early = random.Random(0), 0
     for _ in range(tries):
@@ -140,7 +140,7 @@ def test_kill_9_in_training(tries, disk, undisturbed, survived):
     )
 
 
-@forms(4, 60)
+@forms(4, 50)
 def test_kill_9_while_decoding(tries, tmp_path, survived):
     disk, rng, halves = tmp_path / "disk", random.Random(1), 0
     make_photos(disk, 400)
@@ -160,7 +160,7 @@ def test_kill_9_while_decoding(tries, tmp_path, survived):
     )
 
 
-@forms(3, 45)
+@forms(3, 30)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_in_training_save(tries, number, disk, undisturbed, survived):
     rng, saved = random.Random(int(number)), 0
@@ -185,7 +185,7 @@ def test_signals_in_training_save(tries, number, disk, undisturbed, survived):
     )
 
 
-@forms(5, 40)
+@forms(5, 25)
 def test_a_full_disk(tries, disk, undisturbed, survived):
     rng, refused = random.Random(2), 0
     for _ in range(tries):
@@ -295,7 +295,7 @@ def changed(contents, rng):
     return contents
 
 
-@forms(60, 500)
+@forms(60, 300)
 def test_damaged_checkpoints_are_one_line_or_work(tries, disk, survived, capsys, monkeypatch):
     words = ["train", "--run", "run", "--steps", "1", *TINY, *OFTEN, *PHOTOS]
     monkeypatch.chdir(disk)
@@ -359,7 +359,7 @@ def flags_of(main, command, capsys):
     return sorted({word.strip("[],") for word in capsys.readouterr().out.split() if word.startswith("--")})
 
 
-@forms(120, 1500)
+@forms(120, 800)
 def test_command_lines_are_one_line_or_work(tries, disk, survived, capsys, monkeypatch):
     monkeypatch.chdir(disk)
     assert coco_gan.main(["train", "--run", "run", "--steps", "1", *TINY, *OFTEN, *PHOTOS]) == 0
