@@ -103,13 +103,13 @@ def interpolate(G: Generator, args: argparse.Namespace) -> np.ndarray | list[np.
     at = inside(args.at, (G.config.R - 1, G.config.K - 1)) if args.at else ()
     ranges = [range(index, index + 1) for index in at]  # of micro patches; none: all
 
-    def draw(z: torch.Tensor) -> list[np.ndarray]:
+    def strip(z: torch.Tensor) -> list[np.ndarray]:
         return [to_uint8(full_image(G, one, *ranges))[0] for one in z.split(1)]
 
     z, weight = latents(args.seed, G.config.z_dim), torch.linspace(0, 1, args.steps, dtype=torch.float64)
     if args.gif:
-        return [picture for a, b in zip(z, z.roll(-1, 0)) for picture in draw(slerp(a, b, weight[:-1]))]
-    return sheet([draw(slerp(a, b, weight)) for a, b in zip(z, z[1:])])
+        return [picture for a, b in zip(z, z.roll(-1, 0)) for picture in strip(slerp(a, b, weight[:-1]))]
+    return sheet([strip(slerp(a, b, weight)) for a, b in zip(z, z[1:])])
 
 
 def positions(count: int, steps: int, closed: bool) -> torch.Tensor:
@@ -299,9 +299,9 @@ def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config) -> 
         photo = frame(red, predicted, size, BLUE, closed)
         dashes = np.indices(photo.shape[:2]).sum(axis=0) // 4 % 2 == 0  # of both, where the two coincide
         photo = np.where((dashes & (red == RED).all(axis=2))[..., None], red, photo)
-    patches = [np.pad(patch, ((1, 1), (1, 1), (0, 0))) for patch in (x_macro, s_macro)]
-    patches = [frame(patch, (1, 1), size, colour) for patch, colour in zip(patches, (edge, BLUE))]
-    panels = [photo, *patches, frame(full, predicted, size, BLUE, closed)]
+    padded = [np.pad(patch, ((1, 1), (1, 1), (0, 0))) for patch in (x_macro, s_macro)]
+    framed = [frame(patch, (1, 1), size, colour) for patch, colour in zip(padded, (edge, BLUE))]
+    panels = [photo, *framed, frame(full, predicted, size, BLUE, closed)]
     height, gap, columns = max(len(panel) for panel in panels), 6, []
     for panel in panels:
         h, w, _ = panel.shape
