@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from coco_gan import Parser, run_command
-from data import EXTENSIONS, UserError, in_threads, list_images, read_rgb, reason_of, write_file
+from data import UserError, in_threads, is_image, list_images, read_rgb, reason_of, report_skipped, write_file
 
 # Of the faces front, right, back, left, up and down, in x (right), y (up), z (front): seen from inside, the
 # point a to the right and b up in [-1, 1] of a face is in the direction a · RIGHT + b · UP + OUT.
@@ -56,15 +56,17 @@ def make_panoramas(args: argparse.Namespace) -> None:
     """
     view = View(*args.size, args.projection, choose_latitude(args, *args.size))
     source, target = Path(args.source).resolve(), args.target
+    if not source.exists():
+        raise UserError(f"SRC {args.source} does not exist; give a folder or a zip of images")
     if target.resolve().is_relative_to(source):
         raise UserError(f"DST {target} is in SRC {args.source}, or the same; name another folder")
     names, read, _ = list_images(args.source)
-    places = find_places(sorted(names), source.stem)
+    places = find_places(names, source.stem)
     record, settings = target / "panorama.json", json.dumps(view._asdict())
     if record.exists():
         if (found := record.read_text(errors="replace")) != settings:
             raise UserError(f"DST {target} has panoramas of other settings, {found}; name another folder")
-    elif any(path.suffix.lower() in EXTENSIONS for path in target.rglob("*")):
+    elif any(is_image(path.name) for path in target.rglob("*")):
         raise UserError(f"DST {target} has images from elsewhere; name a new or an empty folder")
 
     todo, skipped = [file for file in places if not (target / file).exists()], []
@@ -85,8 +87,7 @@ def make_panoramas(args: argparse.Namespace) -> None:
         raise UserError(
             f"SRC {args.source} has no panorama{first}; looked for 2:1 images and for faces: {sought}"
         )
-    if skipped:
-        print(f"skipped {len(skipped):,} of {len(places):,}:", *skipped[:5], sep="\n  ", file=sys.stderr)
+    report_skipped(skipped, len(places), "panoramas")
     there = f"{len(places) - len(todo):,} were there already, {len(skipped):,} skipped, in {target}"
     print(f"{len(todo) - len(skipped):,} panoramas made, {there}")
     print(f"train on them: python coco_gan.py train --panorama --data {target}")

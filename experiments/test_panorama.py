@@ -113,7 +113,7 @@ def test_other_images_are_skipped_and_named_and_what_is_there_is_not_made_again(
     assert panorama.main(command) == 0
     out, err = capsys.readouterr()
     assert "3 panoramas made, 0 were there already, 6 skipped" in out
-    assert "skipped 6 of 9:" in err and "'lacks_b.png': is 16:16" in err
+    assert "skipped 6 of 9 panoramas:" in err and "'lacks_b.png': is 16:16" in err
     made = sorted(path.name for path in Path("made").iterdir())
     assert len(made) == 4 and "good.png" in made and "panorama.json" in made
     assert sum(name.startswith("a+b-") for name in made) == 2  # names that would be equal stay apart

@@ -63,13 +63,11 @@ class Scene:
 
         Returns: (height, width, 3) uint8. Raises: UserError for one that is empty or reaches beyond a border.
         """
-        config, (down, across) = self.G.config, self.G.config.closed
-        inside = (down or 0 <= top <= config.height - height) and (
-            across or 0 <= left <= config.width - width
-        )
+        H, W, (down, across) = self.G.config.height, self.G.config.width, self.G.config.closed
+        inside = (down or 0 <= top <= H - height) and (across or 0 <= left <= W - width)
         if not inside or min(height, width) < 1:
             found = f"--viewport {top},{left},{height},{width} is not within the full image"
-            raise UserError(f"{found}, which has {config.height} x {config.width} pixels")
+            raise UserError(f"{found}, which has {H} x {W} pixels")
         y = torch.arange(top, top + height, device=self.image.device).unsqueeze(1)
         x = torch.arange(left, left + width, device=self.image.device)
         return to_uint8(self.pixels(y, x).permute(2, 0, 1).unsqueeze(0))[0]
@@ -124,8 +122,8 @@ def benchmark(G: Generator, see, seed: int, yaw: float, frames: int) -> None:
             if turn > 0:
                 times.setdefault(scene.made - made, []).append(ms)
     for new, ms in sorted(times.items()):
-        spread = f"median {np.median(ms):.2f} ms, {min(ms):.2f} to {max(ms):.2f}"
-        print(f"{new:3} new micro patches, {len(ms):4} times: {spread}")
+        median, span = np.median(ms), f"{min(ms):.2f} to {max(ms):.2f}"
+        print(f"{new:3} new micro patches, {len(ms):4} times: median {median:.2f} ms, {span}")
 
 
 def save_animation(pictures, path: Path) -> None:
@@ -165,16 +163,15 @@ def save_png(parts, path: Path, height: int, width: int) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """From a checkpoint to a picture, to an animation, or with --benchmark to a table."""
-    device, path = (
-        coco_gan.choose_device(args.device),
-        coco_gan.find_checkpoint(args.checkpoint, panorama=True),
-    )
-    G = coco_gan.load(path, device, raw=args.raw)
+    path = coco_gan.find_checkpoint(args.checkpoint, panorama=True)
+    G = coco_gan.load(path, coco_gan.choose_device(args.device), raw=args.raw)
     config, z = G.config, latents([args.seed], G.config.z_dim)
     folder = Path("runs") if path.parent == coco_gan.ASSETS else path.parent
     out = Path(args.out or folder / f"{path.stem}-view.{'gif' if args.pan else 'png'}")
     if args.full and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is not the name of a PNG, which --full writes; end it in .png")
+    if not 0 < args.fov < 180:
+        raise UserError(f"--fov {args.fov:g} is out of range; give more than 0 and less than 180 degrees")
     if config.topology != "cylinder" and not (args.viewport or args.full):
         found = f"{path} is on a {config.topology}, and a view needs a cylinder"
         raise UserError(f"{found}; train one with: python coco_gan.py train --panorama")
@@ -189,7 +186,8 @@ def draw(args: argparse.Namespace) -> None:
     if args.full:
         rows = (to_uint8(coco_gan.full_image(G, z, range(i, i + 1)))[0] for i in range(config.R))
         save_png(rows, out, config.height, config.width)
-        return print(f"{out}, from {path}")
+        print(f"{out}: the full image, from {path}")
+        return
     scene = Scene(G, z)
     if args.viewport:
         save_picture(scene.viewport(*args.viewport), out)
