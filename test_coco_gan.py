@@ -1771,7 +1771,7 @@ def test_commands_of_all_pages(here):
             {f"{k}_skybox{n}_sami.jpg": encode(pixels[:64, :64], "JPEG") for k in range(4)},
         )
     found = [match for page in PAGES for match in COMMAND.findall((ROOT / page).read_text())]
-    assert len(found) > 30
+    assert len(found) > 25
     for number, (script, words) in enumerate(found):
         name, words = script.removeprefix("-m "), shlex.split(words)
         if "plot" in name and importlib.util.find_spec("matplotlib") is None:
