@@ -16,6 +16,7 @@ equations, figures, tables and appendices named below are that paper's. Rows alw
     z            latent vector, uniform on [-1, 1], one for all patches of an image
     c_micro      c'', coordinate of a micro patch: (y, x) on the plane, (y, cos θ, sin θ) on a cylinder
     c_macro      c', coordinate of a macro patch, likewise
+    C'', S''     all c'' and all s'' of the macro patches of a batch, B·N·M of them
     s_micro      s'' = G(z, c''), a generated micro patch of S x S pixels
     s_macro      s' = φ(S''), a generated macro patch of N x M micro patches
     x_macro      x' = ψ(x, c'), a real macro patch, cut out of a real image x
@@ -346,8 +347,8 @@ class GeneratorBlock(nn.Module):
 class Generator(nn.Module):
     """G(z, c''): one micro patch from a latent vector and the patch's coordinate (figure 13a).
 
-    Larger patches repeat the last block, and smaller ones leave it out. Patches under 16 pixels keep the
-    depth of 16, but their last one or two blocks do not upscale (appendix C).
+    Larger patches repeat the last block, and smaller ones leave it out. Sides that halve fewer than three
+    times keep three blocks, the last of which do not upscale (appendix C, for 8 and 4 pixels).
     """
 
     def __init__(self, config: Config):
@@ -522,7 +523,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     z = sample_latents(B, config.z_dim, rng)
     epsilon = torch.rand(B, generator=rng)
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
-    left = torch.where(mirror, config.width - width - left, left)  # where it lies before it is mirrored
+    left = torch.where(mirror, config.width - width - left, left)  # of the crop that is mirrored into (i, j)
     if config.yaw:
         down, across = config.closed
         top = top + torch.randint(config.height, (B,), generator=rng) * down
@@ -553,6 +554,7 @@ class COCOGAN(nn.Module):
         self.Q = Head(self.D.linear.in_features, config.z_dim) if config.guided else None
         self.G_ema = fold_spectral_norm(copy.deepcopy(self.G)).requires_grad_(False).eval()
         self.to(device)
+        # opt_D trains D and A at lr_d and Q at lr_g, all from D's loss; opt_G trains G alone.
         groups = [dict(params=[*self.D.parameters(), *self.A.parameters()], lr=config.lr_d)]
         if config.guided:
             groups.append(dict(params=[*self.Q.parameters()], lr=config.lr_g))
@@ -603,7 +605,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
     s_macro = merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=LAYOUT)  # (B, 3, N·S, M·S)
 
-    # D and A: minimise -L_W + λ L_GP + α L_S(x')
+    # D and A: minimise -L_W + λ L_GP + α L_S(x'). The heads A and Q are float32, outside of gan.run.
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
     s_detached = s_macro.detach()
     score, h = gan.run(D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro]))
@@ -615,7 +617,8 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
         loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
-    # EMA of G's normalized weights and running statistics. Deviation: the paper samples from G itself.
+    # EMA of G's normalized weights and running statistics as they made s'. Before G's update, which changes the
+    # parameters in G_sn that are not normalized. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
         for name, average in gan.G_ema.state_dict().items():
@@ -705,9 +708,9 @@ FORMAT = "coco-gan checkpoint 2"
 ASSETS = Path(__file__).parent / "assets"
 
 
-def save_checkpoint(gan: COCOGAN, path: Path, images: str) -> None:
+def save_checkpoint(gan: COCOGAN, path: Path, fingerprint: str) -> None:
     """Write a file with all that training changes, as named tensors, and the fingerprint of the images."""
-    contents = dict(format=FORMAT, config=dataclasses.asdict(gan.config), step=gan.step, images=images)
+    contents = dict(format=FORMAT, config=dataclasses.asdict(gan.config), step=gan.step, images=fingerprint)
     contents |= dict(rng=gan.rng.get_state(), tensors=gan.tensors())
     file = io.BytesIO()
     torch.save(contents, file)
@@ -801,7 +804,7 @@ def default_preset(panorama: bool, device: torch.device, given: dict) -> str:
 def load_stored(config: Config, cache: str) -> np.ndarray:
     """The images, (n, height, width, 3) uint8. The first process decodes them, and the others wait for it."""
     if RANK > 0:
-        highest(0)
+        highest(0)  # waits for the first process
     options = dict(crop=config.crop, seed=config.seed, cache=cache)
     stored = load_images(config.data, config.height, config.width, **options)
     if RANK == 0:
@@ -915,8 +918,8 @@ def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Names
     z_shown, board = latents(range(24), config.z_dim), None
 
     def show() -> None:
-        images = to_uint8(full_image(gan.G_ema, z_shown))
-        save_picture(grid(images), run / f"sample-{gan.step:09d}.png")
+        shown = to_uint8(full_image(gan.G_ema, z_shown))
+        save_picture(grid(shown), run / f"sample-{gan.step:09d}.png")
 
     if RANK == 0:
         write_file(run / "config.json", (json.dumps(dataclasses.asdict(config), indent=1) + "\n").encode())
@@ -990,11 +993,16 @@ def train(args: argparse.Namespace) -> int:
         gan = COCOGAN(config, device)
         names = (f"runs/{preset}-{number:03d}" for number in itertools.count(1))
         run = Path(args.run or next(name for name in names if not os.path.exists(name)))
-        if RANK == 0 and run.exists():
-            raise UserError(f"--run {run} exists; name a new folder, or continue it with --resume {run}")
-        run.mkdir(parents=True, exist_ok=RANK > 0)
+        if RANK == 0:
+            if run.exists():
+                raise UserError(f"--run {run} exists; name a new folder, or continue it with --resume {run}")
+            run.mkdir(parents=True)
         with lock_run(run):
             return train_loop(gan, stored, run, args)
+    if args.preset or args.run:
+        raise UserError(
+            f"--resume keeps the run's {'preset' if args.preset else 'folder'}; leave the flag out"
+        )
     run = find_checkpoint(args.resume or None, args.panorama).parent
     if run == ASSETS:
         raise UserError("--resume finds no run under runs/; name one, or leave it out to start a new one")
