@@ -617,8 +617,8 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
         loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
-    # EMA of G's normalized weights and running statistics as they made s'. Before G's update, which changes the
-    # parameters in G_sn that are not normalized. Deviation: the paper samples from G itself.
+    # EMA of G's normalized weights and running statistics as they made s'. Before G's update, which changes
+    # the parameters in G_sn that are not normalized. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
         for name, average in gan.G_ema.state_dict().items():

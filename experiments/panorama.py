@@ -82,11 +82,9 @@ def make_panoramas(args: argparse.Namespace) -> None:
         if done % 100 == 0 or done == len(todo):
             print(f"{done:,} of {len(todo):,} panoramas ready", file=sys.stderr)
     if len(skipped) == len(places):
-        sought = ", ".join(" ".join(naming) for naming in NAMINGS)
         first = f" (the first of {len(skipped)} skipped: {skipped[0]})" if skipped else ""
-        raise UserError(
-            f"SRC {args.source} has no panorama{first}; looked for 2:1 images and for faces: {sought}"
-        )
+        sought = "2:1 images and faces: " + ", ".join(" ".join(naming) for naming in NAMINGS)
+        raise UserError(f"SRC {args.source} has no panorama{first}; looked for {sought}")
     report_skipped(skipped, len(places), "panoramas")
     there = f"{len(places) - len(todo):,} were there already, {len(skipped):,} skipped, in {target}"
     print(f"{len(todo) - len(skipped):,} panoramas made, {there}")

@@ -30,9 +30,9 @@ from experiments.panorama import add_projection, choose_latitude, picture_size
 
 
 class Scene:
-    """A full image of which no part exists before somebody looks at it. Args: z (1, z_dim) in [-1, 1].
+    """A full image of which no part exists before somebody looks at it; `made` counts its micro patches.
 
-    `made` is the number of micro patches made so far, each of them once.
+    Args: z (1, z_dim) in [-1, 1].
     """
 
     def __init__(self, G: Generator, z: torch.Tensor):
@@ -45,15 +45,14 @@ class Scene:
 
         Args: int64 whose shapes broadcast to (…), on the device of G. Returns: (…, 3) float32 in [-1, 1].
         """
-        config = self.G.config
-        R, K, S = config.R, config.K, config.S
-        y, x = y % config.height, x % config.width
+        (H, W, _), S = self.image.shape, self.G.config.S
+        y, x = y % H, x % W
         seen = torch.zeros_like(self.is_made)
         seen[y // S, x // S] = True
         i, j = (seen & ~self.is_made).nonzero(as_tuple=True)
         if len(i):
             patches = micro_patches(self.G, self.z.expand(len(i), -1), i, j)  # (n, 3, S, S)
-            self.image.view(R, S, K, S, 3)[i, :, j] = patches.permute(0, 2, 3, 1)
+            self.image.view(H // S, S, W // S, S, 3)[i, :, j] = patches.permute(0, 2, 3, 1)
             self.is_made |= seen
             self.made += len(i)
         return self.image[y, x]
@@ -122,8 +121,8 @@ def benchmark(G: Generator, see, seed: int, yaw: float, frames: int) -> None:
             if turn > 0:
                 times.setdefault(scene.made - made, []).append(ms)
     for new, ms in sorted(times.items()):
-        median, span = np.median(ms), f"{min(ms):.2f} to {max(ms):.2f}"
-        print(f"{new:3} new micro patches, {len(ms):4} times: median {median:.2f} ms, {span}")
+        spread = f"{np.median(ms):.2f} ms, {min(ms):.2f} to {max(ms):.2f}"
+        print(f"{new:3} new micro patches, {len(ms):4} times: median {spread}")
 
 
 def save_animation(pictures, path: Path) -> None:
