@@ -76,8 +76,28 @@ else:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-def option(default, low, high, text):
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
+def option(default, allowed, text):
+    """A field of a configuration. allowed: the lowest and highest number, the names, or None for any."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "help": text})
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_fields(config) -> None:
+    """Raises: UserError, which names the flag, for a field of another type or with a value not allowed."""
+    for field in dataclasses.fields(config):
+        value, allowed = getattr(config, field.name), field.metadata["allowed"]
+        if type(value).__name__ != field.type:
+            raise UserError(f"{flag(field.name)} is {value!r}; it must be of type {field.type}")
+        if field.type == "str" and allowed and value not in allowed:
+            raise UserError(f"{flag(field.name)} {value} is unknown; give {', '.join(allowed)}")
+        if field.type in ("int", "float") and not allowed[0] <= value <= allowed[1]:  # also refuses NaN
+            raise UserError(f"{flag(field.name)} {value} is out of range; give {allowed[0]} to {allowed[1]}")
+    if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
+        hint = f"give a multiple of {WORLD}, at least {2 * WORLD}"
+        raise UserError(f"--batch-size {config.batch_size} does not divide among {WORLD} processes; {hint}")
 
 
 # Whether the upper and lower, and the left and right border of an image meet.
@@ -87,36 +107,36 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 @dataclass(frozen=True)
 class Config:
-    height: int = option(64, 1, 16384, "height of a full image in pixels")
-    width: int = option(64, 1, 65536, "width of a full image in pixels")
-    N: int = option(2, 1, 256, "rows of micro patches in a macro patch")
-    M: int = option(2, 1, 256, "columns of micro patches in a macro patch")
-    S: int = option(16, 1, 4096, "side of a micro patch in pixels")
-    topology: str = option("plane", None, None, "plane, cylinder or torus: which borders of an image meet")
-    z_dim: int = option(128, 1, 4096, "size of the latent vector")
-    width_g: int = option(
-        64, 1, 1024, "base channels of G, whose layers have 16, 8, 4, 2, 1, … times as many"
+    height: int = option(64, (1, 16384), "height of a full image in pixels")
+    width: int = option(64, (1, 65536), "width of a full image in pixels")
+    N: int = option(2, (1, 256), "rows of micro patches in a macro patch")
+    M: int = option(2, (1, 256), "columns of micro patches in a macro patch")
+    S: int = option(16, (1, 4096), "side of a micro patch in pixels")
+    topology: str = option("plane", TOPOLOGIES, "which borders of an image meet")
+    z_dim: int = option(128, (1, 4096), "size of the latent vector")
+    width_g: int = option(64, (1, 1024), "base channels of G; its layers have 16, 8, 4, 2, 1, … times")
+    width_d: int = option(64, (1, 1024), "base channels of D; its layers have 1, 2, 4, 8, 8 times")
+    lambda_gp: float = option(10.0, (0, 1e6), "weight λ of the gradient penalty L_GP")
+    alpha_s: float = option(100.0, (0, 1e6), "weight α of the spatial consistency loss L_S")
+    guided: bool = option(False, None, "train the head Q too, to generate from a patch of a photograph")
+    alpha_q: float = option(100.0, (0, 1e6), "weight of the content consistency loss L_Q, with --guided")
+    lr_g: float = option(1e-4, (0, 1), "learning rate of G and Q")
+    lr_d: float = option(4e-4, (0, 1), "learning rate of D and A")
+    beta1: float = option(0.0, (0, 0.9999), "Adam's β1")
+    beta2: float = option(0.999, (0, 0.999999), "Adam's β2")
+    batch_size: int = option(128, (2, 65536), "macro patches per step, of all processes together")
+    steps: int = option(200_000, (1, 10**9), "training steps, each of D and of G")
+    ema: float = option(
+        0.999, (0, 0.999999), "decay of the exponential moving average of G's weights; 0: none"
     )
-    width_d: int = option(64, 1, 1024, "base channels of D, whose layers have 1, 2, 4, 8, 8 times as many")
-    lambda_gp: float = option(10.0, 0, 1e6, "weight λ of the gradient penalty L_GP")
-    alpha_s: float = option(100.0, 0, 1e6, "weight α of the spatial consistency loss L_S")
-    guided: bool = option(False, None, None, "train the head Q too, to generate from a patch of a photograph")
-    alpha_q: float = option(100.0, 0, 1e6, "weight of the content consistency loss L_Q, with --guided")
-    lr_g: float = option(1e-4, 0, 1, "learning rate of G and Q")
-    lr_d: float = option(4e-4, 0, 1, "learning rate of D and A")
-    beta1: float = option(0.0, 0, 0.9999, "Adam's β1")
-    beta2: float = option(0.999, 0, 0.999999, "Adam's β2")
-    batch_size: int = option(128, 2, 65536, "macro patches per step, of all processes together")
-    steps: int = option(200_000, 1, 10**9, "training steps, each of D and of G")
-    ema: float = option(0.999, 0, 0.999999, "decay of the exponential moving average of G's weights; 0: none")
-    precision: str = option("auto", None, None, "of the layers of G and D: " + ", ".join(PRECISIONS))
-    seed: int = option(0, 0, 2**63 - 1, "seed of the weights, the batches, the latents and CelebA-syn")
-    data: str = option("toy:faces", None, None, "folder or zip of images, toy:faces or toy:landscapes")
-    crop: str = option("center", None, None, "how an image gets its size: " + ", ".join(CROPS))
-    continuous: bool = option(False, None, None, "macro patches at any pixel (section 3.7)")
-    mirror: bool = option(False, None, None, "mirror half of the real images")
-    yaw: bool = option(False, None, None, "turn each real image by a random angle where its borders meet")
-    holdout: int = option(0, 0, 10**9, "images kept out of training, for evaluation")
+    precision: str = option("auto", PRECISIONS, "of the layers of G and D")
+    seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches, the latents and CelebA-syn")
+    data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
+    crop: str = option("center", CROPS, "how an image gets its size")
+    continuous: bool = option(False, None, "macro patches at any pixel (section 3.7)")
+    mirror: bool = option(False, None, "mirror half of the real images")
+    yaw: bool = option(False, None, "turn each real image by a random angle where its borders meet")
+    holdout: int = option(0, (0, 10**9), "images kept out of training, for evaluation")
 
     @property
     def R(self) -> int:
@@ -141,6 +161,19 @@ class Config:
     def c_dim(self) -> int:
         return 2 + sum(self.closed)  # an angle takes two values, cos θ and sin θ
 
+    def check(self) -> Config:
+        """Return the configuration if it makes a model. Raises: UserError, which names the flag, if not."""
+        check_fields(self)
+        if self.height % self.S or self.width % self.S:
+            sizes = f"--height {self.height} and --width {self.width}"
+            raise UserError(f"{sizes} must be multiples of --S {self.S}, the side of a micro patch")
+        if self.N > self.R or self.M > self.K:
+            fits = f"an image has {self.R} x {self.K} micro patches"
+            raise UserError(f"--N {self.N} and --M {self.M} do not fit: {fits}; try a smaller --S")
+        if self.yaw and not any(self.closed):
+            raise UserError("--yaw turns images whose borders meet; add --topology cylinder or torus")
+        return self
+
 
 # The presets for CPUs are ours. The others' sizes and batches are the paper's and its authors' code's; 150
 # epochs of CelebA less 50,000 images (table 2) and a million steps of LSUN (appendix E) give their steps.
@@ -161,35 +194,6 @@ PRESETS = {
     "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
     "panorama": dict(height=256, width=768, S=64, **PANORAMA),
 }
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_config(config: Config) -> Config:
-    """Return a configuration that makes a model. Raises: UserError, which names the flag, for any other."""
-    for field in dataclasses.fields(config):
-        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if type(value).__name__ != field.type:
-            raise UserError(f"{flag(field.name)} is {value!r}; it must be of type {field.type}")
-        if low is not None and not low <= value <= high:  # also refuses NaN
-            raise UserError(f"{flag(field.name)} {value} is out of range; give {low} to {high}")
-    if config.height % config.S or config.width % config.S:
-        sizes = f"--height {config.height} and --width {config.width}"
-        raise UserError(f"{sizes} must be multiples of --S {config.S}, the side of a micro patch")
-    if config.N > config.R or config.M > config.K:
-        fits = f"an image has {config.R} x {config.K} micro patches"
-        raise UserError(f"--N {config.N} and --M {config.M} do not fit: {fits}; try a smaller --S")
-    for name, allowed in (("precision", PRECISIONS), ("crop", CROPS), ("topology", TOPOLOGIES)):
-        if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)} is unknown; give {', '.join(allowed)}")
-    if config.yaw and not any(config.closed):
-        raise UserError("--yaw turns images whose borders meet; add --topology cylinder or torus")
-    if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
-        hint = f"give a multiple of {WORLD}, at least {2 * WORLD}"
-        raise UserError(f"--batch-size {config.batch_size} does not divide among {WORLD} processes; {hint}")
-    return config
 
 
 # ---- Devices, and processes that torchrun starts: each has a share of a batch, and the first one writes ----
@@ -221,6 +225,24 @@ def choose_precision(config: Config, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return "bf16" if device.type == "cpu" and has_bf16 and has_bf16() else "fp32"
+
+
+def apply_network(gan: nn.Module, net: nn.Module, parameters: dict, *inputs, **options):
+    """net(*inputs) with the parameters given; its layers in bfloat16 if that is the precision of gan."""
+    bf16 = choose_precision(gan.config, gan.device) == "bf16"
+    with torch.autocast(gan.device.type, torch.bfloat16, enabled=bf16):
+        return functional_call(net, parameters, inputs, options)
+
+
+def make_adam(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Adam:
+    """Adam, for groups of parameters with a learning rate each. Its moments exist before its first step
+    would make them, so that a checkpoint can be copied in."""
+    betas, on_gpu = (config.beta1, config.beta2), device.type == "cuda"
+    optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=on_gpu)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = dict(step=torch.zeros((), device=device), **moments)
+    return optimizer
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -407,12 +429,8 @@ class Discriminator(nn.Module):
         side, pools = min(config.N, config.M) * config.S, 0
         while side >= 8:
             side, pools = (side + 1) // 2, pools + 1
-        last = 8 * config.width_d
-        channels = [
-            3,
-            *(max(last >> b, config.width_d) for b in reversed(range(pools))),
-            last,
-        ]  # …, 1, 2, 4, 8, 8
+        last = 8 * config.width_d  # the channels are 3, then width_d times …, 1, 2, 4, 8, 8
+        channels = [3, *(max(last >> b, config.width_d) for b in reversed(range(pools))), last]
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(channels[b], channels[b + 1], first=b == 0, pool=b < pools)
             for b in range(pools + 1)
@@ -544,6 +562,9 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
 class COCOGAN(nn.Module):
     """All that training changes: networks, optimizers, random numbers and the count of steps."""
 
+    Config, FORMAT = Config, "coco-gan checkpoint 2"  # of what `read_checkpoint` accepts
+    LOSSES = "L_W", "L_GP", "gradient_norm", "L_S_real", "L_S_generated", "L_Q"  # of `train_step`
+
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
         torch.manual_seed(config.seed)
@@ -558,36 +579,13 @@ class COCOGAN(nn.Module):
         groups = [dict(params=[*self.D.parameters(), *self.A.parameters()], lr=config.lr_d)]
         if config.guided:
             groups.append(dict(params=[*self.Q.parameters()], lr=config.lr_g))
-        adam = dict(betas=(config.beta1, config.beta2), fused=True, capturable=device.type == "cuda")
-        self.opt_G = torch.optim.Adam(self.G.parameters(), lr=config.lr_g, **adam)
-        self.opt_D = torch.optim.Adam(groups, **adam)
-        # Adam makes its moments in its first step. They exist before, so that a checkpoint can be copied in.
-        for optimizer in (self.opt_G, self.opt_D):
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                optimizer.state[p] = dict(step=torch.zeros((), device=device), **moments)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the networks and of Adam by its name, as a checkpoint has them."""
-        found = dict(self.state_dict())
-        for name, optimizer in (("opt_G", self.opt_G), ("opt_D", self.opt_D)):
-            for i, moments in optimizer.state_dict()["state"].items():
-                found |= {f"{name}.{i}.{key}": t for key, t in moments.items()}
-        return found
-
-    def run(self, net: nn.Module, parameters: dict, *inputs, **options):
-        """Apply a network with the parameters given; its layers in bfloat16 if that is the precision."""
-        bf16 = choose_precision(self.config, self.device) == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return functional_call(net, parameters, inputs, options)
+        self.opt_D = make_adam(groups, config, device)
+        self.opt_G = make_adam([dict(params=[*self.G.parameters()], lr=config.lr_g)], config, device)
 
 
 def ema_weight(config: Config, step: int) -> torch.Tensor:
     """How far the EMA moves in a step: 1 - decay. The decay grows to its full value over the first steps."""
     return torch.tensor(1 - min(config.ema, (1 + step) / (10 + step)))
-
-
-LOSSES = ("L_W", "L_GP", "gradient_norm", "L_S_real", "L_S_generated", "L_Q")
 
 
 def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) -> torch.Tensor:
@@ -601,16 +599,18 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
     # s' = φ(G(z, C'')), all patches of a sample from one z. D learns from it detached, G through it.
     G_sn = spectral_norm(G, iterate=True)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = gan.run(G, G_sn, z_micro, c_micro, tanh=False)
+    s_micro = apply_network(gan, G, G_sn, z_micro, c_micro, tanh=False)
     s_macro = merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=LAYOUT)  # (B, 3, N·S, M·S)
 
-    # D and A: minimise -L_W + λ L_GP + α L_S(x'). The heads A and Q are float32, outside of gan.run.
+    # D and A: minimise -L_W + λ L_GP + α L_S(x'). The heads A and Q are float32, outside of apply_network.
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
     s_detached = s_macro.detach()
-    score, h = gan.run(D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro]))
+    score, h = apply_network(gan, D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro]))
     L_W = wasserstein(score[:B], score[B:])
-    L_GP, norm = gradient_penalty(lambda x: gan.run(D, D_sn, x, c_macro)[0], x_macro, s_detached, epsilon)
+    L_GP, norm = gradient_penalty(
+        lambda x: apply_network(gan, D, D_sn, x, c_macro)[0], x_macro, s_detached, epsilon
+    )
     L_S_real = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
     loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S_real
     if config.guided:
@@ -628,7 +628,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
     # G: minimise L_W + α L_S(s') by way of the updated D, whose parameters are detached: they get no gradient
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
     D_sn, A_sn, Q_sn = ({name: p.detach() for name, p in parameters.items()} for parameters in nets)
-    score, h = gan.run(D, D_sn, s_macro, c_macro)
+    score, h = apply_network(gan, D, D_sn, s_macro, c_macro)
     L_S_generated = spatial_consistency(c_macro, functional_call(A, A_sn, (h,)))
     loss = -score.mean() + config.alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
     losses = [L_W, L_GP, norm, L_S_real, L_S_generated]
@@ -704,14 +704,26 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
 
 # ---- Checkpoints. A file appears under its name only when it is complete, so that a kill loses nothing. ----
 
-FORMAT = "coco-gan checkpoint 2"
 ASSETS = Path(__file__).parent / "assets"
 
 
-def save_checkpoint(gan: COCOGAN, path: Path, fingerprint: str) -> None:
+def named_tensors(gan: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the networks and of Adam, by its name: optimizers are attributes named opt_*."""
+    found = dict(gan.state_dict())
+    for name in (name for name in vars(gan) if name.startswith("opt_")):
+        for i, moments in getattr(gan, name).state_dict()["state"].items():
+            found |= {f"{name}.{i}.{key}": t for key, t in moments.items()}
+    return found
+
+
+def is_ema_only(tensors: dict[str, torch.Tensor]) -> bool:
+    return all(name.startswith("G_ema.") for name in tensors)
+
+
+def save_checkpoint(gan: nn.Module, path: Path, fingerprint: str) -> None:
     """Write a file with all that training changes, as named tensors, and the fingerprint of the images."""
-    contents = dict(format=FORMAT, config=dataclasses.asdict(gan.config), step=gan.step, images=fingerprint)
-    contents |= dict(rng=gan.rng.get_state(), tensors=gan.tensors())
+    contents = dict(format=gan.FORMAT, config=dataclasses.asdict(gan.config), images=fingerprint)
+    contents |= dict(step=gan.step, rng=gan.rng.get_state(), tensors=named_tensors(gan))
     file = io.BytesIO()
     torch.save(contents, file)
     write_file(path, file.getvalue())
@@ -727,37 +739,38 @@ def is_panorama(run: Path) -> bool:
     return False
 
 
-def find_checkpoint(where: str | Path | None = None, panorama: bool = False) -> Path:
-    """A checkpoint as given, the newest of a run folder, or (None) the newest under runs/, else of assets/.
+def find_checkpoint(where: str | Path | None = None, panorama: bool = False, root: str = "runs") -> Path:
+    """A checkpoint as given, the newest of a run folder, or (None) the newest under root, else of assets/.
 
     Args: panorama: whether only runs on a cylinder count. Raises: UserError.
     """
     if where is None:
-        runs = [run for run in Path("runs").glob("*") if not panorama or is_panorama(run)]
+        runs = [run for run in Path(root).glob("*") if not panorama or is_panorama(run)]
         newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
         shipped = ASSETS / ("toy_landscapes.pt" if panorama else "toy_faces.pt")
-        return max(newest, key=lambda path: path.stat().st_mtime, default=shipped)
+        where = max(newest, key=lambda path: path.stat().st_mtime, default=shipped)
     found = [Path(where)] if os.path.isfile(where) else checkpoints(Path(where))
     if not found:
         raise UserError(f"{where} is no checkpoint and no run folder with one; try one like runs/tiny-001")
     return found[-1]
 
 
-def read_checkpoint(path: Path) -> tuple[Config, dict]:
+def read_checkpoint(path: Path, System: type = COCOGAN) -> tuple[Config, dict]:
     """The configuration and the contents of a checkpoint, on the CPU. It is data: no code in it runs.
 
-    Raises: UserError unless all tensors of the model, or at least those of G_ema, are there in their shapes.
+    Args: System: the class of what was trained. Raises: UserError unless all its tensors, or at least those
+    of G_ema, are there in their shapes.
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["format"] != FORMAT:
-            raise ValueError(f"it has the format {contents['format']!r:.40}, and this version {FORMAT!r}")
-        config, found = check_config(Config(**contents["config"])), contents["tensors"]
+        if contents["format"] != System.FORMAT:
+            raise ValueError(f"its format is {contents['format']!r:.40} and must be {System.FORMAT!r}")
+        config, found = System.Config(**contents["config"]).check(), contents["tensors"]
         with torch.device("meta"):  # without memory: a small file may have a large configuration
-            expected = COCOGAN(config, torch.device("meta")).tensors()
+            expected = named_tensors(System(config, torch.device("meta")))
         for name, t in expected.items():
-            kept = "G.linear.weight" in found or name.startswith("G_ema.")
-            if kept and (found[name].shape, found[name].dtype) != (t.shape, t.dtype):
+            needed = name.startswith("G_ema.") or not is_ema_only(found)
+            if needed and (found[name].shape, found[name].dtype) != (t.shape, t.dtype):
                 raise ValueError(f"{name} should be {t.dtype} {tuple(t.shape)}")
         if sum(t.nbytes for t in found.values()) > path.stat().st_size:
             raise ValueError("its tensors are larger than the file")
@@ -781,7 +794,7 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
     path = find_checkpoint(checkpoint)
     config, contents = read_checkpoint(path)
     G, prefix = Generator(config), "G." if raw else "G_ema."
-    if raw and "G.linear.weight" not in contents["tensors"]:
+    if raw and is_ema_only(contents["tensors"]):
         raise UserError(f"{path} has the moving average only; leave out --raw")
     G.load_state_dict({name: contents["tensors"][prefix + name] for name in G.state_dict()})
     if raw:
@@ -799,6 +812,11 @@ def default_preset(panorama: bool, device: torch.device, given: dict) -> str:
     preset = on_cpu if device.type == "cpu" else on_gpu
     print(f"preset {preset}, the default for these images on {device}; --preset names another")
     return preset
+
+
+def given_fields(args: argparse.Namespace, Config: type) -> dict:
+    """The fields of a configuration that are on the command line."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
@@ -842,25 +860,25 @@ def lock_run(run: Path):
     return file
 
 
-def resume(run: Path, given: dict, cache: str, device: torch.device) -> tuple[COCOGAN, np.ndarray]:
+def resume(run: Path, given: dict, cache: str, device: torch.device, System: type = COCOGAN):
     """What a run's newest checkpoint has, and its images. given: the fields on the command line."""
     path = find_checkpoint(run)
-    config, contents = read_checkpoint(path)
+    config, contents = read_checkpoint(path, System)
     for name, value in given.items():
         if name not in ("steps", "data") and value != getattr(config, name):
             was = f"{flag(name)} was {getattr(config, name)} in {path} and is now {value}"
             raise UserError(f"{was}; leave it out, or start a new run without --resume")
-    config = check_config(dataclasses.replace(config, **given))
+    config = dataclasses.replace(config, **given).check()
     if contents["step"] >= config.steps:
         raise UserError(f"{run} has done {contents['step']} steps; --steps counts them, too: give more")
-    if "G.linear.weight" not in contents["tensors"]:
+    if is_ema_only(contents["tensors"]):
         raise UserError(f"{path} has the moving average only, which cannot be trained; name another run")
     stored = load_stored(config, cache)
     if contents["images"] != fingerprint_of(stored):
         raise UserError(f"--data {config.data} has other images than {run} was trained on")
-    gan = COCOGAN(config, device)
+    gan = System(config, device)
     with torch.no_grad():
-        for name, t in gan.tensors().items():
+        for name, t in named_tensors(gan).items():
             t.copy_(contents["tensors"][name])
     gan.rng.set_state(contents["rng"])
     gan.step = contents["step"]
@@ -887,9 +905,9 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def log(gan: COCOGAN, losses: torch.Tensor, rate: float, run: Path, board) -> None:
+def log(gan: nn.Module, losses: torch.Tensor, rate: float, run: Path, board) -> None:
     """One line on the screen, the same as JSON in log.jsonl, and in TensorBoard where it is installed."""
-    config, means = gan.config, dict(zip(LOSSES, losses.double().mean(dim=0).tolist()))
+    config, means = gan.config, dict(zip(gan.LOSSES, losses.double().mean(dim=0).tolist()))
     entry = dict(step=gan.step, images=gan.step * config.batch_size)
     entry |= dict(images_per_second=rate * config.batch_size) | means
     if gan.device.type == "cuda":
@@ -905,21 +923,26 @@ def log(gan: COCOGAN, losses: torch.Tensor, rate: float, run: Path, board) -> No
         board.flush()
 
 
-def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Namespace) -> int:
+def show(gan: COCOGAN) -> np.ndarray:
+    """Full images of the EMA of G, from 24 latent vectors that are always the same: one picture (h, w, 3)."""
+    return grid(to_uint8(full_image(gan.G_ema, latents(range(24), gan.config.z_dim))))
+
+
+def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
+    """Train until the steps are done or a signal comes; returns the exit status.
+
+    Args: gan: what is trained, a COCOGAN, with its functions draw_batch, train_step and show; stored (n,
+    height, width, 3) uint8; run: the folder of the run; args: the flags of `add_commands`.
+    """
     config, device, fingerprint = gan.config, gan.device, fingerprint_of(stored)
     indices, _ = split(len(stored), config.holdout)
-    images = torch.from_numpy(stored)
+    images, board = torch.from_numpy(stored), None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the shapes never change
         tf32 = choose_precision(config, device) == "tf32"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         if stored.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
-    z_shown, board = latents(range(24), config.z_dim), None
-
-    def show() -> None:
-        shown = to_uint8(full_image(gan.G_ema, z_shown))
-        save_picture(grid(shown), run / f"sample-{gan.step:09d}.png")
 
     if RANK == 0:
         write_file(run / "config.json", (json.dumps(dataclasses.asdict(config), indent=1) + "\n").encode())
@@ -928,7 +951,7 @@ def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Names
             x_macro, *_ = draw_batch(config, images, indices, rng, device)
             save_picture(grid(to_uint8(x_macro[:64])), run / "real-macro.png")
             save_picture(grid(stored[indices[:24].numpy()]), run / "real.png")
-            show()
+            save_picture(show(gan), run / "sample-000000000.png")
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
 
@@ -937,14 +960,14 @@ def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Names
     todo = f"{config.steps - gan.step:,} steps to go"
     print(f"{len(indices):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
 
-    step = functools.partial(train_step, gan)
-    step = capture(step) if args.graph else step
+    one_step = functools.partial(train_step, gan)
+    one_step = capture(one_step) if args.graph else one_step
     intervals = args.log_every, args.sample_every, args.save_every
     losses, started, began, last = [], time.monotonic(), gan.step, False
     with stop_signals() as signals:
         while not last:
             batch = draw_batch(config, images, indices, gan.rng, device)
-            losses.append(step(*batch, to_device(ema_weight(config, gan.step), device)))
+            losses.append(one_step(*batch, to_device(ema_weight(config, gan.step), device)))
             gan.step += 1
             release_pages(stored)
             stopped = highest(max(signals, default=0))  # the same for all processes
@@ -952,11 +975,11 @@ def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Names
             logging, drawing, saving = (last or gan.step % every == 0 for every in intervals)
             if RANK == 0 and (logging or drawing or saving):  # only here a GPU is waited for
                 seen = torch.stack(losses).cpu()  # (steps since the last line, 5 or 6)
-                if not all(t.isfinite().all() for t in (seen, *gan.tensors().values())):
+                if not all(t.isfinite().all() for t in (seen, *named_tensors(gan).values())):
                     hint = f"what {run} has saved is good; try lower --lr-g and --lr-d"
                     raise UserError(f"a loss or a weight is not finite at step {gan.step:,}; {hint}")
                 if drawing:
-                    show()
+                    save_picture(show(gan), run / f"sample-{gan.step:09d}.png")
                 if saving:
                     save_checkpoint(gan, run / f"checkpoint-{gan.step:09d}.pt", fingerprint)
                     for old in checkpoints(run)[: -args.keep]:
@@ -972,8 +995,8 @@ def train_loop(gan: COCOGAN, stored: np.ndarray, run: Path, args: argparse.Names
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
+def start(args: argparse.Namespace) -> torch.device:
+    """The device to train on; joins the processes that torchrun started."""
     device = choose_device(args.device, args.impl)
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -981,34 +1004,42 @@ def train(args: argparse.Namespace) -> int:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     if args.graph and (device.type != "cuda" or WORLD > 1):
         raise UserError("--graph is for a single process on a GPU; leave it out")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    if args.resume is not None and (args.preset or args.run):
+        raise UserError("--resume keeps the run's preset and folder; leave out --preset and --run")
+    return device
+
+
+def new_run(name: str | None, default: str) -> Path:
+    """Make the folder of a run: name, or the next free runs/<default>-NNN. Raises: UserError if it exists."""
+    names = (f"runs/{default}-{number:03d}" for number in itertools.count(1))
+    run = Path(name or next(name for name in names if not os.path.exists(name)))
+    if RANK == 0:
+        if run.exists():
+            raise UserError(f"--run {run} exists; name a new folder, or continue it with --resume {run}")
+        run.mkdir(parents=True)
+    return run
+
+
+def train(args: argparse.Namespace) -> int:
+    """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
+    device, given = start(args), given_fields(args, Config)
     if args.resume is None:
         preset = args.preset or default_preset(args.panorama, device, given)
-        config = check_config(Config(**{**PRESETS[preset], **given}))
+        config = Config(**PRESETS[preset] | given).check()
         if args.panorama and config.topology != "cylinder":
             raise UserError(
                 f"--panorama needs a cylinder, and preset {preset} is none; leave one of them out"
             )
-        stored = load_stored(config, args.cache)
-        gan = COCOGAN(config, device)
-        names = (f"runs/{preset}-{number:03d}" for number in itertools.count(1))
-        run = Path(args.run or next(name for name in names if not os.path.exists(name)))
-        if RANK == 0:
-            if run.exists():
-                raise UserError(f"--run {run} exists; name a new folder, or continue it with --resume {run}")
-            run.mkdir(parents=True)
+        stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
+        run = new_run(args.run, preset)
         with lock_run(run):
-            return train_loop(gan, stored, run, args)
-    if args.preset or args.run:
-        raise UserError(
-            f"--resume keeps the run's {'preset' if args.preset else 'folder'}; leave the flag out"
-        )
+            return train_loop(gan, stored, run, args, draw_batch, train_step, show)
     run = find_checkpoint(args.resume or None, args.panorama).parent
     if run == ASSETS:
         raise UserError("--resume finds no run under runs/; name one, or leave it out to start a new one")
     with lock_run(run):
         gan, stored = resume(run, given, args.cache, device)
-        return train_loop(gan, stored, run, args)
+        return train_loop(gan, stored, run, args, draw_batch, train_step, show)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -1076,13 +1107,12 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
     return 2
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on images, and sample full images.")
+def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) -> list[Parser]:
+    """Add the commands train and sample, with the flags that each system has; returns their parsers."""
     commands = parser.add_subparsers(dest="command", required=True)
-
-    add = commands.add_parser("train", help="train a model", allow_abbrev=False).add_argument
+    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
+    add = train_parser.add_argument
     add("--preset", choices=PRESETS, help="default: by device and data")
-    add("--panorama", action="store_true", help="preset panorama, or panorama-tiny on a CPU")
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
@@ -1092,27 +1122,37 @@ def build_parser() -> Parser:
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
     for field in dataclasses.fields(Config):
-        options = dict(action=argparse.BooleanOptionalAction)
+        allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
-            options = dict(type={"int": int, "float": float, "str": str}[field.type], metavar=field.type)
+            values = "|".join(allowed) if field.type == "str" and allowed else field.type
+            options = dict(type={"int": int, "float": float, "str": str}[field.type], metavar=values)
         text = f"{field.metadata['help']} (default: {field.default})"
         add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
 
-    add = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False).add_argument
-    add("--checkpoint", metavar="FILE|RUN", help="default: the newest under runs/")
-    add("--panorama", action="store_true", help="one image of the newest checkpoint of a cylinder")
+    sample_parser = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False)
+    add = sample_parser.add_argument
+    add("--checkpoint", metavar="FILE|RUN", help="default: the newest")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="which images, or the first one")
     add("--count", type=positive, metavar="N", help="how many images, from one --seed on (default: 16)")
     add("--out", metavar="FILE|DIR/", help="a picture, or a folder for one per seed (default: in the run)")
-    add("--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet")
-    add("--extrapolate", type=positive, default=0, metavar="N", help="add N micro patches beyond each border")
-    add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
-    for name, act in (("train", train), ("sample", sample)):
-        command = commands.choices[name]
+    for command, act in ((train_parser, train), (sample_parser, sample)):
         command.set_defaults(act=act)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
         text = "auto: Triton's kernels on a GPU; torch: PyTorch alone"
         command.add_argument("--impl", default="auto", choices=("auto", "torch"), help=text)
+    return [train_parser, sample_parser]
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on images, and sample full images.")
+    train_parser, sample_parser = add_commands(parser, train, sample)
+    text = "preset panorama, or panorama-tiny on a CPU"
+    train_parser.add_argument("--panorama", action="store_true", help=text)
+    add = sample_parser.add_argument
+    add("--panorama", action="store_true", help="one image of the newest checkpoint of a cylinder")
+    add("--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet")
+    add("--extrapolate", type=positive, default=0, metavar="N", help="add N micro patches beyond each border")
+    add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
     return parser
 
 

@@ -115,7 +115,7 @@ def copied(trained, here):
 
 @pytest.mark.parametrize("name", coco_gan.PRESETS)
 def test_presets_are_valid(name):
-    coco_gan.check_config(Config(**coco_gan.PRESETS[name]))
+    Config(**coco_gan.PRESETS[name]).check()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_presets_are_valid(name):
 )
 def test_bad_configurations_are_named(change, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        coco_gan.check_config(Config(**change))
+        Config(**change).check()
 
 
 # ---- Coordinates -------------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def test_precision_is_what_the_device_is_made_for(bf16, monkeypatch):
     x, c, *_ = draw(UNEVEN, random_images(UNEVEN))
     seen = []
     gan.D.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    score, h = gan.run(gan.D, dict(gan.D.named_parameters()), x, c)
+    score, h = coco_gan.apply_network(gan, gan.D, dict(gan.D.named_parameters()), x, c)
     assert (seen, score.dtype, h.dtype) == ([torch.bfloat16], torch.float32, torch.float32)
 
 
@@ -581,7 +581,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert names == pictures | {"config.json", "log.jsonl", *(f"checkpoint-{n:09d}.pt" for n in range(1, 5))}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[-1]["images"] == 16
-    assert {*coco_gan.LOSSES[:-1], "images_per_second"} <= log[-1].keys()
+    assert {*coco_gan.COCOGAN.LOSSES[:-1], "images_per_second"} <= log[-1].keys()
     assert Config(**json.loads((trained / "config.json").read_text())) == UNEVEN
     first, last = picture(trained / "sample-000000000.png"), picture(trained / "sample-000000004.png")
     assert first.shape == last.shape and not np.array_equal(first, last)
@@ -663,7 +663,10 @@ def change_checkpoint(change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(format="coco-gan checkpoint 1"), "the format 'coco-gan checkpoint 1', and this"),
+        (
+            lambda c: c.update(format="coco-gan checkpoint 1"),
+            "its format is 'coco-gan checkpoint 1' and must be",
+        ),
         (lambda c: c["config"].update(width_g=1024), "G.linear.weight should be torch.float32 (65536, 10)"),
         (lambda c: c["config"].update(S=3), "--height 16 and --width 24 must be multiples of --S 3"),
         (lambda c: c["tensors"].pop("opt_D.3.exp_avg"), "opt_D.3.exp_avg"),
@@ -690,7 +693,7 @@ def test_a_checkpoint_runs_no_code(copied, capsys):
             return os.mkdir, ("ran",)
 
     path = coco_gan.checkpoints(copied)[-1]
-    torch.save(dict(format=coco_gan.FORMAT, config=Code()), path)
+    torch.save(dict(format=coco_gan.COCOGAN.FORMAT, config=Code()), path)
     assert coco_gan.main(["sample", "--checkpoint", str(path), "--device", "cpu"]) == 2
     assert "is no checkpoint that can be used" in capsys.readouterr().err and not Path("ran").exists()
 
@@ -1534,10 +1537,10 @@ def test_a_step_can_be_captured_and_replayed(guided, monkeypatch):
 
     @contextlib.contextmanager
     def record(graph):
-        before = {name: t.clone() for name, t in gan.tensors().items()}
+        before = {name: t.clone() for name, t in coco_gan.named_tensors(gan).items()}
         with graph:
             yield
-        for name, t in gan.tensors().items():  # a graph is captured without running
+        for name, t in coco_gan.named_tensors(gan).items():  # a graph is captured without running
             t.data.copy_(before[name])
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -1551,7 +1554,7 @@ def test_a_step_can_be_captured_and_replayed(guided, monkeypatch):
         step, losses = wrap(functools.partial(coco_gan.train_step, other)), []
         for k in range(6):
             losses.append(step(*draw(config, images, other.rng), coco_gan.ema_weight(config, k)))
-        found.append((torch.stack(losses), other.tensors()))
+        found.append((torch.stack(losses), coco_gan.named_tensors(other)))
     assert len(graph.done) > 400
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
@@ -1686,7 +1689,7 @@ BAD = [
     ("train --holdout 5000", "--holdout 5000 leaves none of 4096 images"),
     ("train --graph", "--graph is for a single process on a GPU; leave it out"),
     ("train --panorama --preset tiny", "--panorama needs a cylinder, and preset tiny is none; leave one"),
-    ("train --resume --preset tiny", "--resume keeps the run's preset; leave the flag out"),
+    ("train --resume --preset tiny", "--resume keeps the run's preset and folder; leave out --preset"),
     ("train --resume nowhere", "nowhere is no checkpoint and no run folder with one"),
     ("train --resume", "--resume finds no run under runs/; name one, or leave it out"),
     ("train --device cuda:7", "--device cuda:7 is not available; give auto, cpu, cuda"),

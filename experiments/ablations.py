@@ -39,7 +39,6 @@ from coco_gan import (
     Generator,
     GeneratorBlock,
     Parser,
-    check_config,
     choose_device,
     choose_precision,
     draw_batch,
@@ -50,6 +49,7 @@ from coco_gan import (
     grid,
     init_weights,
     latents,
+    make_adam,
     micro_coordinates,
     natural,
     positive,
@@ -206,21 +206,20 @@ def configure(name: str, config: Config) -> Config:
     if VARIANTS[name].G is FullGenerator and config.height != config.width:
         found = f"images of {config.height} x {config.width} pixels"
         raise UserError(f"--variants {name} makes squares, not {found}; leave it out")
-    return check_config(replace(config, **VARIANTS[name].change(config)))
+    return replace(config, **VARIANTS[name].change(config)).check()
 
 
 def start(variant: Variant, config: Config, device: torch.device) -> COCOGAN:
     """A new model with the variant's G and D."""
-    gan, adam = COCOGAN(config, device), torch.optim.Adam
+    gan = COCOGAN(config, device)
     if variant.G is not Generator:
         gan.G = variant.G(config).to(device)
         gan.G_ema = fold_spectral_norm(copy.deepcopy(gan.G)).requires_grad_(False).eval()
-        gan.opt_G = adam(gan.G.parameters(), **gan.opt_G.defaults)
+        gan.opt_G = make_adam([dict(params=[*gan.G.parameters()], lr=config.lr_g)], config, device)
     if variant.D is not Discriminator:
         gan.D = variant.D(config).to(device)
-        gan.opt_D = adam(
-            [*gan.D.parameters(), *gan.A.parameters()], **gan.opt_D.defaults | dict(lr=config.lr_d)
-        )
+        parameters = [*gan.D.parameters(), *gan.A.parameters()]
+        gan.opt_D = make_adam([dict(params=parameters, lr=config.lr_d)], config, device)
     return gan
 
 
@@ -333,7 +332,7 @@ def ablations(args: argparse.Namespace) -> None:
         return
     given = {name: getattr(args, name) for name in ("data", "crop", "holdout", "precision", "steps")}
     given = {name: value for name, value in given.items() if value is not None}
-    base = check_config(Config(**{**PRESETS[args.preset], **given}))
+    base = Config(**{**PRESETS[args.preset], **given}).check()
     device, names = choose_device(args.device), args.variants or [*VARIANTS]
     configs = {name: configure(name, base) for name in names}
     path.parent.mkdir(parents=True, exist_ok=True)

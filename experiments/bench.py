@@ -35,7 +35,6 @@ from coco_gan import (
     PRESETS,
     Config,
     Parser,
-    check_config,
     choose_device,
     choose_precision,
     draw_batch,
@@ -329,7 +328,7 @@ def bench(args: argparse.Namespace) -> None:
     cuda = device.type == "cuda"
     preset = args.preset or ("celeba128" if cuda else "tiny")
     config = Config(**PRESETS[preset])
-    config = check_config(replace(config, batch_size=args.batch_size or config.batch_size))
+    config = replace(config, batch_size=args.batch_size or config.batch_size).check()
     about = dict(device=torch.cuda.get_device_name(device) if cuda else "CPU", torch=torch.__version__)
     about |= dict(triton=getattr(kernels.triton, "__version__", None), cuda=torch.version.cuda)
     about |= dict(threads=torch.get_num_threads(), date=datetime.date.today().isoformat())

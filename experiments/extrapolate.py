@@ -48,15 +48,19 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
     c_generated = core.macro_coordinates(config, i, j).to(gan.device)  # (B, c_dim), c' of s'
     c_micro = core.micro_matrix(config, i, j).to(gan.device)  # (B·N·M, c_dim)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = gan.run(G, spectral_norm(G, iterate=True), z_micro, c_micro, tanh=False)
+    s_micro = core.apply_network(gan, G, spectral_norm(G, iterate=True), z_micro, c_micro, tanh=False)
     s_macro = core.merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=core.LAYOUT)  # (B, 3, N·S, M·S)
 
     # D: ŝ' lies between x' and s', and its coordinate between theirs (the paper does not say)
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
     s_detached, c_hat = s_macro.detach(), c_macro.lerp(c_generated, epsilon.unsqueeze(1))
-    score, h = gan.run(D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_generated]))
-    L_GP, _ = core.gradient_penalty(lambda x: gan.run(D, D_sn, x, c_hat)[0], x_macro, s_detached, epsilon)
+    score, h = core.apply_network(
+        gan, D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_generated])
+    )
+    L_GP, _ = core.gradient_penalty(
+        lambda x: core.apply_network(gan, D, D_sn, x, c_hat)[0], x_macro, s_detached, epsilon
+    )
     L_S = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
     loss = -core.wasserstein(score[:B], score[B:]) + config.lambda_gp * L_GP + config.alpha_s * L_S
     if config.guided:
@@ -66,7 +70,7 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
     # G, by way of the updated D. L_S is 0 for coordinates outside [-1, 1], which A's tanh cannot reach.
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
     D_sn, A_sn, Q_sn = ({name: p.detach() for name, p in parameters.items()} for parameters in nets)
-    score, h = gan.run(D, D_sn, s_macro, c_generated)
+    score, h = core.apply_network(gan, D, D_sn, s_macro, c_generated)
     inside = (c_generated.abs() <= 1 + 1e-4).all(dim=1, keepdim=True)  # (B, 1)
     L_S = spatial_consistency(c_generated * inside, functional_call(A, A_sn, (h,)) * inside)
     loss = -score.mean() + config.alpha_s * L_S
@@ -105,7 +109,7 @@ def report(gan: COCOGAN, margin: tuple[int, int], run: Path, losses: list) -> tu
     found = seams(images, config.S, margin)
     entry = dict(margin_seam=found[0], inner_seam=found[1])
     if losses:
-        entry |= zip(core.LOSSES, torch.stack(losses).double().mean(dim=0).tolist())
+        entry |= zip(gan.LOSSES, torch.stack(losses).double().mean(dim=0).tolist())
     print(f"step {gan.step:,}", *(f"{name} {x:.3f}" for name, x in entry.items()), sep="  ", flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(dict(step=gan.step) | entry) + "\n")
@@ -119,8 +123,8 @@ def post_train(args: argparse.Namespace) -> int:
     margin = choose_margin(config, args.margin)
     given = dict(steps=contents["step"] + args.steps, data=args.data or config.data)
     gan, stored = core.resume(path, given, args.cache, device)
-    opt_G = torch.optim.Adam(gan.G.blocks[:2].parameters(), **gan.opt_G.defaults)
-    opt_D = torch.optim.Adam(gan.D.parameters(), **gan.opt_G.defaults | dict(lr=config.lr_d))
+    opt_G = core.make_adam([dict(params=[*gan.G.blocks[:2].parameters()], lr=config.lr_g)], config, device)
+    opt_D = core.make_adam([dict(params=[*gan.D.parameters()], lr=config.lr_d)], config, device)
     run = Path(args.run or f"runs/{path.resolve().parent.name}-extrapolate")
     if run.exists():
         raise UserError(f"--run {run} exists; name a new folder")
@@ -139,7 +143,7 @@ def post_train(args: argparse.Namespace) -> int:
             release_pages(stored)
             last = bool(signals) or gan.step == gan.config.steps
             if last or gan.step % EVERY == 0:
-                if not all(t.isfinite().all() for t in (*losses, *gan.tensors().values())):
+                if not all(t.isfinite().all() for t in (*losses, *core.named_tensors(gan).values())):
                     raise UserError(f"a loss or weight is not finite at step {gan.step:,}; try fewer --steps")
                 seam, inner_seam = report(gan, margin, run, losses)
                 losses.clear()

@@ -53,8 +53,8 @@ def test_without_a_margin_it_is_the_step_of_training(guided, monkeypatch):
     batch = draw(FOUR)
     extrapolate.margin_step(ours, ours.opt_G, ours.opt_D, (0, 0), *batch)
     core.train_step(theirs, *batch, torch.tensor(0.0))
-    for name, tensor in theirs.tensors().items():
-        assert torch.equal(tensor, ours.tensors()[name]), name
+    for name, tensor in core.named_tensors(theirs).items():
+        assert torch.equal(tensor, core.named_tensors(ours)[name]), name
 
 
 @pytest.mark.parametrize("row", [0, -1])
@@ -100,7 +100,7 @@ def test_a_run_from_a_checkpoint_to_pictures_and_checkpoints(run):
     status, log = run("runs/plain --steps 3")
     names = "best.pt checkpoint-000000007.pt config.json log.jsonl sample-000000004.png sample-000000007.png"
     assert status == 0 and sorted(path.name for path in MADE.iterdir()) == names.split()
-    assert len(log) == 2 and log[1].keys() == {"step", "margin_seam", "inner_seam", *core.LOSSES[:-1]}
+    assert len(log) == 2 and log[1].keys() == {"step", "margin_seam", "inner_seam", *COCOGAN.LOSSES[:-1]}
     G = core.load(MADE)
     assert G.config.steps == json.loads((MADE / "config.json").read_text())["steps"] == 7
     picture = np.array(Image.open(MADE / "sample-000000007.png"))[:24, :32]
