@@ -534,14 +534,14 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     Returns: x' (B, 3, N·S, M·S) in [-1, 1], c' (B, c_dim), C'' (B·N·M, c_dim), z (B, z_dim), ε (B,), on the
     device; with several processes, the share of this one.
     """
-    B, S, height, width = config.batch_size, config.S, config.N * config.S, config.M * config.S
+    B, S, h, w = config.batch_size, config.S, config.N * config.S, config.M * config.S
     index = indices[torch.randint(len(indices), (B,), generator=rng)]
     top, left = sample_positions(config, rng)
     i, j = top / S, left / S  # in micro patches
     z = sample_latents(B, config.z_dim, rng)
     epsilon = torch.rand(B, generator=rng)
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
-    left = torch.where(mirror, config.width - width - left, left)  # of the crop that is mirrored into (i, j)
+    left = torch.where(mirror, config.width - w - left, left)  # of the crop that is mirrored into (i, j)
     if config.yaw:
         down, across = config.closed
         top = top + torch.randint(config.height, (B,), generator=rng) * down
@@ -551,7 +551,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     share = [t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)]
     *crop, mirror = (to_device(t, images.device) for t in share[:4])
     i, j, z, epsilon = share[4:]
-    x_macro = crop_patches(images, *crop, height, width, mirror=mirror).contiguous(memory_format=LAYOUT)
+    x_macro = crop_patches(images, *crop, h, w, mirror=mirror).contiguous(memory_format=LAYOUT)
     batch = x_macro, macro_coordinates(config, i, j), micro_matrix(config, i, j), z, epsilon
     return [to_device(t, device) for t in batch]
 
@@ -668,8 +668,9 @@ def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns
     Returns: (B, 3, len(rows)·S, len(columns)·S) float32 in [-1, 1], on the device of G.
     Source: section 2, "testing phase"; section 3.3 for extrapolation; section 3.4 for partial generation.
     """
-    rows, columns = torch.tensor(rows or range(G.config.R)), torch.tensor(columns or range(G.config.K))
-    i, j = (t.flatten().repeat(len(z)) for t in torch.meshgrid(rows, columns, indexing="ij"))
+    rows, columns = rows or range(G.config.R), columns or range(G.config.K)
+    i, j = torch.meshgrid(torch.tensor(rows), torch.tensor(columns), indexing="ij")
+    i, j = i.flatten().repeat(len(z)), j.flatten().repeat(len(z))
     s_micro = micro_patches(G, z.repeat_interleave(len(rows) * len(columns), dim=0), i, j)
     return merge_patches(s_micro, len(rows), len(columns))
 
@@ -860,8 +861,11 @@ def lock_run(run: Path):
     return file
 
 
-def resume(run: Path, given: dict, cache: str, device: torch.device, System: type = COCOGAN):
-    """What a run's newest checkpoint has, and its images. given: the fields on the command line."""
+def resume(run: Path, given: dict, device: torch.device, load_images_of, System: type = COCOGAN):
+    """What a run's newest checkpoint has, and its images, load_images_of(config).
+
+    Args: given: the fields on the command line, of which only steps and data may differ. Raises: UserError.
+    """
     path = find_checkpoint(run)
     config, contents = read_checkpoint(path, System)
     for name, value in given.items():
@@ -873,7 +877,7 @@ def resume(run: Path, given: dict, cache: str, device: torch.device, System: typ
         raise UserError(f"{run} has done {contents['step']} steps; --steps counts them, too: give more")
     if is_ema_only(contents["tensors"]):
         raise UserError(f"{path} has the moving average only, which cannot be trained; name another run")
-    stored = load_stored(config, cache)
+    stored = load_images_of(config)
     if contents["images"] != fingerprint_of(stored):
         raise UserError(f"--data {config.data} has other images than {run} was trained on")
     gan = System(config, device)
@@ -1038,7 +1042,7 @@ def train(args: argparse.Namespace) -> int:
     if run == ASSETS:
         raise UserError("--resume finds no run under runs/; name one, or leave it out to start a new one")
     with lock_run(run):
-        gan, stored = resume(run, given, args.cache, device)
+        gan, stored = resume(run, given, device, lambda config: load_stored(config, args.cache))
         return train_loop(gan, stored, run, args, draw_batch, train_step, show)
 
 

@@ -122,7 +122,7 @@ def post_train(args: argparse.Namespace) -> int:
     config, contents = core.read_checkpoint(path)
     margin = choose_margin(config, args.margin)
     given = dict(steps=contents["step"] + args.steps, data=args.data or config.data)
-    gan, stored = core.resume(path, given, args.cache, device)
+    gan, stored = core.resume(path, given, device, lambda config: core.load_stored(config, args.cache))
     opt_G = core.make_adam([dict(params=[*gan.G.blocks[:2].parameters()], lr=config.lr_g)], config, device)
     opt_D = core.make_adam([dict(params=[*gan.D.parameters()], lr=config.lr_d)], config, device)
     run = Path(args.run or f"runs/{path.resolve().parent.name}-extrapolate")
