@@ -14,16 +14,18 @@ Source: Lin et al., "COCO-GAN: Generation by Parts via Conditional Coordinating"
 equations, figures, tables and appendices named below are that paper's. Rows always come first: (y, x).
 
     z            latent vector, uniform on [-1, 1], one for all patches of an image
-    c_micro      c'', coordinate of a micro patch: (y, x) on the plane, (y, cos θ, sin θ) on a cylinder
+    c_micro      c'', coordinate of a micro patch: (y, x) on the plane; x becomes an angle, (cos θ, sin θ), on
+                 a cylinder, and so do both on a torus
     c_macro      c', coordinate of a macro patch, likewise
-    C'', S''     all c'' and all s'' of the macro patches of a batch, B·N·M of them
+    C_micro      C'', all c'' of the macro patches of a batch, B·N·M of them; S'' all s''
     s_micro      s'' = G(z, c''), a generated micro patch of S x S pixels
     s_macro      s' = φ(S''), a generated macro patch of N x M micro patches
     x_macro      x' = ψ(x, c'), a real macro patch, cut out of a real image x
     φ, ψ         merge_patches and crop_patches in kernels.py, where conditional batch norm (CBN) is, too
     R, K         rows and columns of micro patches in a full image
     A, Q         heads of D that predict c' and, with --guided, z
-    B            macro patches in a batch; micro patch b·N·M + n·M + m is in row n, column m of sample b
+    B            macro patches in a batch, or in the share of one of several processes; micro patch
+                 b·N·M + n·M + m is in row n and column m of sample b
     *_sn         the parameters of a network after spectral normalization, W/σ
 """
 
@@ -64,16 +66,16 @@ except ImportError:  # Windows
 
 if __package__:  # copied into a package
     from . import kernels
-    from .data import CROPS, UserError, load_images, release_pages, write_file
+    from .data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from .kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
 else:
     import kernels
-    from data import CROPS, UserError, load_images, release_pages, write_file
+    from data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
 
 # ---- Configuration (section 3.1, appendix C): each field is a flag of `train`, and is in every checkpoint --
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def option(default, allowed, text):
@@ -89,7 +91,7 @@ def check_fields(config) -> None:
     """Raises: UserError, which names the flag, for a field of another type or with a value not allowed."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        if type(value).__name__ != field.type:
+        if type(value).__name__ != field.type:  # a string, by the first import of this file
             raise UserError(f"{flag(field.name)} is {value!r}; it must be of type {field.type}")
         if field.type == "str" and allowed and value not in allowed:
             raise UserError(f"{flag(field.name)} {value} is unknown; give {', '.join(allowed)}")
@@ -100,7 +102,8 @@ def check_fields(config) -> None:
         raise UserError(f"--batch-size {config.batch_size} does not divide among {WORLD} processes; {hint}")
 
 
-# Whether the upper and lower, and the left and right border of an image meet.
+# Whether the upper and lower, and the left and right border of an image meet. Where they do, coordinates are
+# angles and patches wrap around.
 TOPOLOGIES = {"plane": (False, False), "cylinder": (False, True), "torus": (True, True)}
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
@@ -115,7 +118,7 @@ class Config:
     topology: str = option("plane", TOPOLOGIES, "which borders of an image meet")
     z_dim: int = option(128, (1, 4096), "size of the latent vector")
     width_g: int = option(64, (1, 1024), "base channels of G; its layers have 16, 8, 4, 2, 1, … times")
-    width_d: int = option(64, (1, 1024), "base channels of D; its layers have 1, 2, 4, 8, 8 times")
+    width_d: int = option(64, (1, 1024), "base channels of D; its last layers have 1, 2, 4, 8, 8 times")
     lambda_gp: float = option(10.0, (0, 1e6), "weight λ of the gradient penalty L_GP")
     alpha_s: float = option(100.0, (0, 1e6), "weight α of the spatial consistency loss L_S")
     guided: bool = option(False, None, "train the head Q too, to generate from a patch of a photograph")
@@ -175,8 +178,8 @@ class Config:
         return self
 
 
-# The presets for CPUs are ours. The others' sizes and batches are the paper's and its authors' code's; 150
-# epochs of CelebA less 50,000 images (table 2) and a million steps of LSUN (appendix E) give their steps.
+# The presets for CPUs are ours. The others have sizes and batches of the paper or its authors' code; steps
+# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E).
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
 PANORAMA = dict(topology="cylinder", data="toy:landscapes")
@@ -204,6 +207,13 @@ def choose_device(name: str, impl: str = "auto") -> torch.device:
     kernels.DEFAULT = impl
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.ones(1, device=name).item()
+        except (
+            RuntimeError
+        ) as error:  # a GPU that is too old or too new for this PyTorch, or in use by another
+            print(f"{name} cannot be used ({str(error).splitlines()[0]}); the CPU does the work")
+            name = "cpu"
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -235,8 +245,8 @@ def apply_network(gan: nn.Module, net: nn.Module, parameters: dict, *inputs, **o
 
 
 def make_adam(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Adam:
-    """Adam, for groups of parameters with a learning rate each. Its moments exist before its first step
-    would make them, so that a checkpoint can be copied in."""
+    """Adam, for groups of parameters with a learning rate each. Its moments are made here and not in its
+    first step, so that `resume` can copy into them."""
     betas, on_gpu = (config.beta1, config.beta2), device.type == "cuda"
     optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=on_gpu)
     for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -275,7 +285,7 @@ def coordinate(i: torch.Tensor, count: int, closed: bool) -> torch.Tensor:
 
     Open: evenly spaced on [-1, 1], both ends included; 0 if there is one position only. Positions may be
     fractions or lie outside, and then their coordinates do, too.
-    Closed: cos θ and sin θ of angles evenly spaced on [-π, π), so that position count is position 0 again.
+    Closed: cos θ and sin θ of angles evenly spaced on [-π, π), so that position `count` is position 0 again.
     """
     if closed:
         theta = math.pi * (2 * (i % count) / count - 1)
@@ -429,7 +439,7 @@ class Discriminator(nn.Module):
         side, pools = min(config.N, config.M) * config.S, 0
         while side >= 8:
             side, pools = (side + 1) // 2, pools + 1
-        last = 8 * config.width_d  # the channels are 3, then width_d times …, 1, 2, 4, 8, 8
+        last = 8 * config.width_d  # the channels are 3 and the last ones of width_d times …, 1, 2, 4, 8, 8
         channels = [3, *(max(last >> b, config.width_d) for b in reversed(range(pools))), last]
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(channels[b], channels[b + 1], first=b == 0, pool=b < pools)
@@ -472,15 +482,15 @@ def wasserstein(score_real: torch.Tensor, score_generated: torch.Tensor) -> torc
     return score_real.mean() - score_generated.mean()
 
 
-def gradient_penalty(score, x_macro, s_macro, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_penalty(critic, x_macro, s_macro, epsilon) -> tuple[torch.Tensor, torch.Tensor]:
     """L_GP = E[(‖∇D(ŝ')‖₂ - 1)²], ŝ' = ε s' + (1-ε) x' (equation 3), the norm over all pixels of a sample.
 
-    Args: score maps (B, 3, h, w) to (B,); x_macro, s_macro (B, 3, h, w), detached; epsilon (B,) in [0, 1].
+    Args: critic maps (B, 3, h, w) to (B,); x_macro, s_macro (B, 3, h, w), detached; epsilon (B,) in [0, 1].
     Returns: L_GP and the mean of the norms.
     """
     epsilon = epsilon.view(-1, 1, 1, 1)
     s_hat = (epsilon * s_macro + (1 - epsilon) * x_macro).requires_grad_()
-    (gradient,) = torch.autograd.grad(score(s_hat).sum(), s_hat, create_graph=True)
+    (gradient,) = torch.autograd.grad(critic(s_hat).sum(), s_hat, create_graph=True)
     norm = gradient.flatten(1).norm(dim=1)
     return (norm - 1).square().mean(), norm.mean()
 
@@ -510,7 +520,8 @@ def sample_positions(config: Config, rng: torch.Generator, margin: tuple[int, in
     """Where the B macro patches of a batch start: top and left, (B,) int64, in pixels.
 
     Uniform over the discrete positions, or with `continuous` over all pixels. Deviation: section 3.7 has real
-    numbers, at which x' could not be cut. margin: how many micro patches beyond the borders they may reach.
+    numbers, at which x' could not be cut. margin: how many micro patches beyond the borders they may reach,
+    in post-training (experiments/extrapolate.py).
     """
     S, unit, starts = config.S, 1 if config.continuous else config.S, []
     for count, closed, extra in zip(config.positions, config.closed, margin):
@@ -541,17 +552,19 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     z = sample_latents(B, config.z_dim, rng)
     epsilon = torch.rand(B, generator=rng)
     mirror = torch.rand(B, generator=rng) < 0.5 * config.mirror
-    left = torch.where(mirror, config.width - w - left, left)  # of the crop that is mirrored into (i, j)
+    left = torch.where(mirror, config.width - w - left, left)  # cut where its mirror image is, for (i, j)
     if config.yaw:
         down, across = config.closed
         top = top + torch.randint(config.height, (B,), generator=rng) * down
         left = left + torch.randint(config.width, (B,), generator=rng) * across
 
     # Every process draws the whole batch, from the same random numbers, and keeps its own share.
-    share = [t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)]
-    *crop, mirror = (to_device(t, images.device) for t in share[:4])
-    i, j, z, epsilon = share[4:]
-    x_macro = crop_patches(images, *crop, h, w, mirror=mirror).contiguous(memory_format=LAYOUT)
+    index, top, left, mirror, i, j, z, epsilon = (
+        t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)
+    )
+    crop = (to_device(t, images.device) for t in (index, top, left))
+    x_macro = crop_patches(images, *crop, h, w, mirror=to_device(mirror, images.device))
+    x_macro = x_macro.contiguous(memory_format=LAYOUT)
     batch = x_macro, macro_coordinates(config, i, j), micro_matrix(config, i, j), z, epsilon
     return [to_device(t, device) for t in batch]
 
@@ -560,10 +573,14 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
 
 
 class COCOGAN(nn.Module):
-    """All that training changes: networks, optimizers, random numbers and the count of steps."""
+    """All that training changes: networks, optimizers, random numbers and the count of steps.
 
-    Config, FORMAT = Config, "coco-gan checkpoint 2"  # of what `read_checkpoint` accepts
-    LOSSES = "L_W", "L_GP", "gradient_norm", "L_S_real", "L_S_generated", "L_Q"  # of `train_step`
+    Checkpoints and the training loop below serve other systems, too: classes with all that this one has.
+    """
+
+    Config = Config
+    FORMAT = "coco-gan checkpoint 2"
+    LOSSES = "L_W", "L_GP", "gradient_norm", "L_S_real", "L_S_generated", "L_Q"  # the last with --guided
 
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
@@ -588,10 +605,10 @@ def ema_weight(config: Config, step: int) -> torch.Tensor:
     return torch.tensor(1 - min(config.ema, (1 + step) / (10 + step)))
 
 
-def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) -> torch.Tensor:
+def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> torch.Tensor:
     """One step of D, then one of G, on the same generated macro patches.
 
-    Args: a batch of `draw_batch`; ema_weight: how far the EMA of G's weights moves, a tensor in [0, 1].
+    Args: a batch of `draw_batch`; weight: how far the EMA of G's weights moves, `ema_weight`.
     Returns: the LOSSES, (5,) or with --guided (6,), which on a GPU nobody has waited for.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
@@ -599,7 +616,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
     # s' = φ(G(z, C'')), all patches of a sample from one z. D learns from it detached, G through it.
     G_sn = spectral_norm(G, iterate=True)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = apply_network(gan, G, G_sn, z_micro, c_micro, tanh=False)
+    s_micro = apply_network(gan, G, G_sn, z_micro, C_micro, tanh=False)
     s_macro = merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=LAYOUT)  # (B, 3, N·S, M·S)
 
@@ -617,13 +634,13 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
         loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
-    # EMA of G's normalized weights and running statistics as they made s'. Before G's update, which changes
-    # the parameters in G_sn that are not normalized. Deviation: the paper samples from G itself.
+    # EMA of the weights and running statistics that made s'. It comes before G's update, which changes what
+    # G_sn shares with G: all but the normalized weights. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
         for name, average in gan.G_ema.state_dict().items():
             if average.is_floating_point():
-                average.lerp_(now[name], ema_weight)
+                average.lerp_(now[name], weight)
 
     # G: minimise L_W + α L_S(s') by way of the updated D, whose parameters are detached: they get no gradient
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
@@ -636,7 +653,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, c_micro, z, epsilon, ema_weight) 
         losses.append(content_consistency(z, functional_call(Q, Q_sn, (h,))))
         loss = loss + config.alpha_q * losses[-1]
     update(gan.opt_G, loss)
-    return torch.stack([loss.detach() for loss in losses])
+    return torch.stack([term.detach() for term in losses])
 
 
 # ---- Sampling (section 2, "testing phase"; sections 3.3 and 3.4): full images exist only here --------------
@@ -657,7 +674,7 @@ def micro_patches(G: Generator, z: torch.Tensor, i: torch.Tensor, j: torch.Tenso
     device, at_once = next(G.parameters()).device, max(1, 2**18 // G.config.S**2)
     c_micro = micro_coordinates(G.config, i.cpu(), j.cpu())  # the same on every device
     parts = zip(z.split(at_once), c_micro.split(at_once))
-    return torch.cat([G(z.to(device), c.to(device)) for z, c in parts])
+    return torch.cat([G(some.to(device), c.to(device)) for some, c in parts])
 
 
 def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None):
@@ -709,7 +726,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def named_tensors(gan: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the networks and of Adam, by its name: optimizers are attributes named opt_*."""
+    """Every tensor of the networks and of Adam (attributes named opt_*) itself, not a copy, by its name."""
     found = dict(gan.state_dict())
     for name in (name for name in vars(gan) if name.startswith("opt_")):
         for i, moments in getattr(gan, name).state_dict()["state"].items():
@@ -749,18 +766,19 @@ def find_checkpoint(where: str | Path | None = None, panorama: bool = False, roo
         runs = [run for run in Path(root).glob("*") if not panorama or is_panorama(run)]
         newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
         shipped = ASSETS / ("toy_landscapes.pt" if panorama else "toy_faces.pt")
+        shipped = shipped if root == "runs" else root
         where = max(newest, key=lambda path: path.stat().st_mtime, default=shipped)
     found = [Path(where)] if os.path.isfile(where) else checkpoints(Path(where))
     if not found:
-        raise UserError(f"{where} is no checkpoint and no run folder with one; try one like runs/tiny-001")
+        raise UserError(f"{where} is no checkpoint and no run folder with one; try one like {root}/tiny-001")
     return found[-1]
 
 
 def read_checkpoint(path: Path, System: type = COCOGAN) -> tuple[Config, dict]:
     """The configuration and the contents of a checkpoint, on the CPU. It is data: no code in it runs.
 
-    Args: System: the class of what was trained. Raises: UserError unless all its tensors, or at least those
-    of G_ema, are there in their shapes.
+    Args: System: COCOGAN, or a class like it. Raises: UserError unless all its tensors, or at least those of
+    G_ema, are there in their shapes.
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -815,19 +833,19 @@ def default_preset(panorama: bool, device: torch.device, given: dict) -> str:
     return preset
 
 
-def given_fields(args: argparse.Namespace, Config: type) -> dict:
+def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
     """The images, (n, height, width, 3) uint8. The first process decodes them, and the others wait for it."""
     if RANK > 0:
-        highest(0)  # waits for the first process
+        highest(0)  # wait until the first process has decoded them
     options = dict(crop=config.crop, seed=config.seed, cache=cache)
     stored = load_images(config.data, config.height, config.width, **options)
     if RANK == 0:
-        highest(0)
+        highest(0)  # the others may go on
     if config.holdout >= len(stored):
         raise UserError(f"--holdout {config.holdout} leaves none of {len(stored)} images; give fewer")
     return stored
@@ -862,7 +880,7 @@ def lock_run(run: Path):
 
 
 def resume(run: Path, given: dict, device: torch.device, load_images_of, System: type = COCOGAN):
-    """What a run's newest checkpoint has, and its images, load_images_of(config).
+    """The COCOGAN, or other System, of a run's newest checkpoint, and its images, load_images_of(config).
 
     Args: given: the fields on the command line, of which only steps and data may differ. Raises: UserError.
     """
@@ -873,13 +891,14 @@ def resume(run: Path, given: dict, device: torch.device, load_images_of, System:
             was = f"{flag(name)} was {getattr(config, name)} in {path} and is now {value}"
             raise UserError(f"{was}; leave it out, or start a new run without --resume")
     config = dataclasses.replace(config, **given).check()
-    if contents["step"] >= config.steps:
-        raise UserError(f"{run} has done {contents['step']} steps; --steps counts them, too: give more")
     if is_ema_only(contents["tensors"]):
         raise UserError(f"{path} has the moving average only, which cannot be trained; name another run")
     stored = load_images_of(config)
-    if contents["images"] != fingerprint_of(stored):
-        raise UserError(f"--data {config.data} has other images than {run} was trained on")
+    if contents["images"] != (found := fingerprint_of(stored)):
+        had, has = (fingerprint.split("x")[0] for fingerprint in (contents["images"], found))
+        changed = f"had {had} images and has {has}" if had != has else "has other images"
+        hint = f"put them back, or start anew with its weights: train --from {run} --data {config.data}"
+        raise UserError(f"--data {config.data} {changed}; {hint}")
     gan = System(config, device)
     with torch.no_grad():
         for name, t in named_tensors(gan).items():
@@ -887,6 +906,17 @@ def resume(run: Path, given: dict, device: torch.device, load_images_of, System:
     gan.rng.set_state(contents["rng"])
     gan.step = contents["step"]
     return gan, stored
+
+
+def copy_weights(gan: COCOGAN, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy the networks of a checkpoint, for --from. Raises: UserError if they are other networks."""
+    for name, t in gan.state_dict().items():
+        if name not in tensors or tensors[name].shape != t.shape:
+            raise UserError(
+                f"--from has no {name} of {tuple(t.shape)}; leave out flags that change the networks"
+            )
+        with torch.no_grad():
+            t.copy_(tensors[name])
 
 
 @contextlib.contextmanager
@@ -967,7 +997,8 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
     intervals = args.log_every, args.sample_every, args.save_every
-    losses, started, began, last = [], time.monotonic(), gan.step, False
+    losses, start_time, first_step = [], time.monotonic(), gan.step
+    stopped, last = 0, gan.step >= config.steps  # a run that has done its steps is done again
     with stop_signals() as signals:
         while not last:
             batch = draw_batch(config, images, indices, gan.rng, device)
@@ -989,7 +1020,8 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
                     for old in checkpoints(run)[: -args.keep]:
                         old.unlink()
                 if logging:
-                    log(gan, seen, (gan.step - began) / (time.monotonic() - started), run, board)
+                    rate = (gan.step - first_step) / (time.monotonic() - start_time)
+                    log(gan, seen, rate, run, board)
             if logging:
                 losses.clear()
     if stopped and gan.step < config.steps:
@@ -1020,22 +1052,31 @@ def new_run(name: str | None, default: str) -> Path:
     if RANK == 0:
         if run.exists():
             raise UserError(f"--run {run} exists; name a new folder, or continue it with --resume {run}")
-        run.mkdir(parents=True)
+        make_folder(run)
     return run
 
 
 def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device, given = start(args), given_fields(args, Config)
+    if args.source is not None and (args.preset or args.resume is not None):
+        raise UserError("--from starts a new run like the one it names; leave out --preset and --resume")
     if args.resume is None:
-        preset = args.preset or default_preset(args.panorama, device, given)
-        config = Config(**PRESETS[preset] | given).check()
+        if args.source is None:
+            name, weights = args.preset or default_preset(args.panorama, device, given), {}
+            config = Config(**PRESETS[name] | given).check()
+        else:
+            path = find_checkpoint(args.source, args.panorama)
+            config, contents = read_checkpoint(path)
+            config = dataclasses.replace(config, **given).check()
+            name, weights = path.resolve().parent.name, contents["tensors"]
         if args.panorama and config.topology != "cylinder":
-            raise UserError(
-                f"--panorama needs a cylinder, and preset {preset} is none; leave one of them out"
-            )
+            is_not = f"{name} or --topology {config.topology} is none"
+            raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
         stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
-        run = new_run(args.run, preset)
+        if weights:
+            copy_weights(gan, weights)
+        run = new_run(args.run, name)
         with lock_run(run):
             return train_loop(gan, stored, run, args, draw_batch, train_step, show)
     run = find_checkpoint(args.resume or None, args.panorama).parent
@@ -1066,7 +1107,7 @@ def sample(args: argparse.Namespace) -> int:
         pictures = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
     for name, some in pictures.items():
         images = to_uint8(full_image(G, latents(some, G.config.z_dim), *spans))
-        name.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(name.parent)
         save_picture(grid(images), name)
     print(f"{out}: {len(seeds)} images, from {path}")
     return 0
@@ -1093,6 +1134,9 @@ def positive(text: str) -> int:
 
 def run_command(parser: Parser, act, argv: list[str] | None) -> int:
     """act(arguments); returns the exit status: its own or 0, 2 for an error in one line, or 128 + signal."""
+    for name in ("stdout", "stderr"):  # a program without a console has none
+        if getattr(sys, name) is None or getattr(sys, name).closed:
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not be UTF-8
     try:
@@ -1101,7 +1145,7 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # nobody reads the output, as in train | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # 128 + SIGPIPE
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
@@ -1137,7 +1181,7 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="default: the newest")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="which images, or the first one")
-    add("--count", type=positive, metavar="N", help="how many images, from one --seed on (default: 16)")
+    add("--count", type=positive, metavar="N", help="images from one --seed on (default: 16; 1 panorama)")
     add("--out", metavar="FILE|DIR/", help="a picture, or a folder for one per seed (default: in the run)")
     for command, act in ((train_parser, train), (sample_parser, sample)):
         command.set_defaults(act=act)
@@ -1150,8 +1194,9 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
 def build_parser() -> Parser:
     parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on images, and sample full images.")
     train_parser, sample_parser = add_commands(parser, train, sample)
-    text = "preset panorama, or panorama-tiny on a CPU"
-    train_parser.add_argument("--panorama", action="store_true", help=text)
+    add = train_parser.add_argument
+    add("--panorama", action="store_true", help="preset panorama, or panorama-tiny on a CPU")
+    add("--from", dest="source", metavar="RUN", help="start a new run with the networks of this one")
     add = sample_parser.add_argument
     add("--panorama", action="store_true", help="one image of the newest checkpoint of a cylinder")
     add("--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet")

@@ -14,29 +14,39 @@ import difflib
 import hashlib
 import io
 import itertools
+import math
 import mmap
 import os
 import re
 import stat
 import sys
+import tarfile
 import threading
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Pillow goes by content, not by name. Other decoders must not run: PostScript would start Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = tuple(e for e, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+FORMATS = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older ones have no AVIF
+# Folders of other programs, beside those whose names begin with a dot, and a mark in those of this one.
+SYSTEM = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+MARK = ".made-by-coco-gan"
 CROPS = ("center", "celeba", "squash", "celeba-syn")
-CACHE_VERSION = 2  # raise it when the same input gives other pixels than before
-MAX_FILE_BYTES = 2**29  # three 16-bit values for each of the most pixels that Pillow decodes
+CACHE_VERSION = 3  # raise it when the same input gives other pixels than before
+MAX_PIXELS = 2**28  # 16,384 x 16,384
+MAX_FILE_BYTES = 6 * MAX_PIXELS  # three 16-bit values for each
 MAX_SCANNED = 2**32  # pixels times scans of a progressive JPEG; ten scans are usual
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow itself refuses twice as many, and warns between
+ONE_LARGE = threading.Lock()  # held by the one thread that has an image of more than LARGE pixels
+LARGE = 2**25
 
 
 class UserError(ValueError):
@@ -73,6 +83,14 @@ def write_file(path: Path, contents: bytes) -> None:
         file.write(contents)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. The new ones get a MARK, by which `load_images` passes over them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        (folder / MARK).touch()
+
+
 # ---- Loading -----------------------------------------------------------------------------------------------
 
 
@@ -103,22 +121,24 @@ def load_images(
     if source in TOYS:
         if crop != "center":
             raise UserError(f"--crop {crop} is for photographs; leave it out, for {source} needs no crop")
-        names, identity = [], [toy_count]
+        names, identity = [], [source, toy_count]
     else:
         names, read, identity = list_images(source)
     cut = f"{height}x{width}-{crop}" + (f"-{seed}" if crop == "celeba-syn" else "")
     key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {identity}")).hexdigest()[:16]
     title = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
-    path = Path(cache) / f"{title}-{cut}-{key}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: made anew
-        return open_map(path)
+    place = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:4]
+    path = Path(cache) / f"{title}-{cut}-{place}-{key}.npy"
+    for found in sorted(path.parent.glob(f"*-{cut}-*-{key}.npy")):  # wherever the source was then
+        with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: made anew
+            return open_map(found)
     if source in TOYS:
         images = itertools.chain.from_iterable(TOYS[source](toy_count, height, width))
     elif names:
         images = decode_all(names, read, height, width, crop, seed)
     else:
-        raise UserError(f"--data {source} holds no image; looked for {' '.join(EXTENSIONS)} in any case")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"--data {source} holds no image; looked for .jpg, .png and what else Pillow reads")
+    make_folder(path.parent)
     with atomic(path) as file:
         file.write(bytes(128))  # of the header, which NumPy pads to a multiple of 64
         count = sum(file.write(np.ascontiguousarray(image)) > 0 for image in images)
@@ -127,6 +147,10 @@ def load_images(
         np.lib.format.write_array_header_1_0(header, shape)
         file.seek(0)
         file.write(header.getvalue())
+    for old in path.parent.glob(f"{title}-{cut}-{place}-*.npy"):  # of the source as it was before
+        if old != path:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+                old.unlink()
     return open_map(path)
 
 
@@ -151,12 +175,15 @@ def release_pages(images: np.ndarray) -> None:
 
 
 def list_images(source: str) -> tuple[list[str], Callable[[str], bytes], list[str]]:
-    """The sorted names of the images of a folder or zip, a function that reads one, and what identifies them.
+    """The sorted names of the images of a folder, zip or LMDB, what reads one, and what identifies them.
 
     Raises: UserError. The identity changes when an image does, and costs no reading of images.
     """
+    if os.path.isfile(os.path.join(source, "data.mdb")):
+        return list_lmdb(source)
     if os.path.isdir(source):
-        lines = list_folder(source)
+        lines, others = list_folder(source)
+        report_others(source, len(lines), others)
         names = [line.rsplit(" ", 2)[0] for line in lines]
         return names, lambda name: read_file(os.path.join(source, name)), lines
     if not os.path.exists(source):
@@ -166,30 +193,90 @@ def list_images(source: str) -> tuple[list[str], Callable[[str], bytes], list[st
         raise UserError(f"--data {source} does not exist; {hint} a folder or a zip, or {' or '.join(TOYS)}")
     try:
         archive, lock = zipfile.ZipFile(source), threading.Lock()  # it counts its readers without a lock
-        members = {member.filename: member for member in archive.infolist() if is_image(member.filename)}
+        files = {member.filename: member for member in archive.infolist() if not member.is_dir()}
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"--data {source} is no zip that can be read ({error}); give a folder or a zip"
+            f"--data {source} {kind_of(source) or f'is no zip that can be read ({error})'}"
         ) from error
 
     def read(name: str) -> bytes:
-        if members[name].file_size > MAX_FILE_BYTES:
-            raise ValueError(f"unpacks to {members[name].file_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
+        if files[name].file_size > MAX_FILE_BYTES:
+            raise ValueError(f"unpacks to {files[name].file_size:,} bytes; {MAX_FILE_BYTES:,} are allowed")
         with lock:
-            return archive.read(members[name])
+            return archive.read(files[name])
 
+    seen = [name for name in files if not any(map(is_hidden, name.split("/")))]
+    names = sorted(name for name in seen if is_image(name))
+    report_others(source, len(names), [name for name in seen if not is_image(name)])
     found = os.stat(source)
-    return sorted(members), read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
+    return names, read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
+
+
+def list_lmdb(source: str) -> tuple[list[str], Callable[[str], bytes], list[str]]:
+    """As `list_images`, of the LMDB that LSUN is distributed as: each value is the file of an image."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"--data {source} is an LMDB; pip install lmdb, or export its images") from error
+    try:
+        database = lmdb.open(source, readonly=True, lock=False, readahead=False)
+        with database.begin() as transaction:
+            keys = {key.hex(): key for key in transaction.cursor().iternext(values=False)}
+    except lmdb.Error as error:
+        raise UserError(
+            f"--data {source} is an LMDB that cannot be read ({error}); download it again"
+        ) from error
+
+    def read(name: str) -> bytes:
+        with database.begin() as transaction:
+            return transaction.get(keys[name])
+
+    found = os.stat(os.path.join(source, "data.mdb"))
+    return sorted(keys), read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
+
+
+def report_others(source: str, count: int, others: list[str]) -> None:
+    """Count the files that are no images, by ending. Raises: UserError where only an archive is there."""
+    for name in others if count == 0 else ():
+        if name.endswith("data.mdb"):
+            folder = os.path.dirname(os.path.join(source, name))
+            raise UserError(f"--data {source} holds no image, but an LMDB; give --data {folder}")
+        if name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".parquet")):
+            hint = "give it" if name.lower().endswith(".zip") else "unpack it"
+            raise UserError(f"--data {source} holds no image, but {name}; {hint}")
+    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
+    if endings:
+        found = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(8))
+        print(f"{source}: files that are not read as images: {found}", file=sys.stderr)
+
+
+def kind_of(path: str) -> str | None:
+    """What a file is that is no zip, and what to do with it; None if that is not known."""
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip().lower()
+    if is_image(path):
+        return f"is one image; give its folder, {os.path.dirname(os.path.abspath(path))}"
+    if head.startswith((b"<!doctype", b"<html")):
+        return "is a page of HTML, as a failed download leaves; download it again"
+    if head.startswith(b"par1"):
+        return "is a Parquet file; export its images to a folder"
+    if tarfile.is_tarfile(path) or head.startswith((b"7z\xbc\xaf", b"rar!", b"\x1f\x8b")):
+        return "is an archive but no zip; unpack it and give the folder"
+    return "is a Git LFS pointer; run git lfs pull" if head.startswith(b"version https://git-lfs") else None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder is not the user's, by its name."""
+    return name.startswith(".") or name.lower() in SYSTEM
 
 
 def is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(EXTENSIONS) and not hidden
+    return name.lower().endswith(EXTENSIONS)
 
 
-def list_folder(root: str) -> list[str]:
-    """ "NAME SIZE MTIME" of every image below a folder, sorted."""
-    lines, folders, seen = [], [""], set()
+def list_folder(root: str) -> tuple[list[str], list[str]]:
+    """ "NAME SIZE MTIME" of every image below a folder, sorted, and the names of all other files."""
+    lines, others, folders, seen, unlisted = [], [], [""], set(), []
     while folders:
         folder = folders.pop()
         where = os.path.join(root, folder)
@@ -197,22 +284,29 @@ def list_folder(root: str) -> list[str]:
             continue
         seen.add(os.path.realpath(where))
         try:
-            entries = list(os.scandir(where))
+            entries = [
+                entry for entry in os.scandir(where) if entry.name == MARK or not is_hidden(entry.name)
+            ]
         except OSError as error:
-            raise UserError(
-                f"--data {where} cannot be listed: {error.strerror}; mend or remove it"
-            ) from error
+            if folder == "":
+                raise UserError(f"--data {root} cannot be listed: {error.strerror}") from error
+            unlisted.append(f"{where}: {error.strerror}")
+            continue
+        if folder and any(entry.name == MARK for entry in entries):
+            continue
         for entry in entries:
-            if is_image(entry.name):
-                try:
-                    found = entry.stat()
-                    if stat.S_ISREG(found.st_mode):  # reading a named pipe would never end
-                        lines.append(f"{folder}{entry.name} {found.st_size} {found.st_mtime_ns}")
-                except OSError:
-                    lines.append(f"{folder}{entry.name} -1 -1")  # a dead link, which is counted as skipped
-            elif not entry.name.startswith(".") and entry.name != "__MACOSX" and entry.is_dir():
-                folders.append(f"{folder}{entry.name}/")
-    return sorted(lines)
+            name = folder + entry.name
+            try:
+                if entry.is_dir():
+                    folders.append(f"{name}/")
+                elif not is_image(name):
+                    others += [name] * (entry.name != MARK)
+                elif stat.S_ISREG((found := entry.stat()).st_mode):  # reading a named pipe would never end
+                    lines.append(f"{name} {found.st_size} {found.st_mtime_ns}")
+            except OSError:
+                lines.append(f"{name} -1 -1")  # a dead link, which is counted as skipped
+    report_skipped(unlisted, len(seen), "folders")
+    return sorted(lines), others
 
 
 def read_file(path: str | Path) -> bytes:
@@ -239,6 +333,7 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
             return reason_of(error)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, 16)  # more have nothing to do, for Python's part of the work is done by one at a time
     pool, items = ThreadPoolExecutor(cores), iter(items)
     try:
         ahead = deque(pool.submit(safe, item) for item in itertools.islice(items, 8 * cores))
@@ -265,7 +360,6 @@ def decode_all(names, read, height: int, width: int, crop: str, seed: int) -> It
     skipped = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 200,000 images have much to warn of
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for done, (name, image) in enumerate(zip(names, in_threads(decode, names)), 1):
             if isinstance(image, str):
                 skipped.append(f"{name!r}: {image}")
@@ -300,7 +394,7 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
     Args: crop: see `load_images`; dx, dy: how far to the right and down "celeba-syn" moves it, in pixels.
     Raises: ValueError where "celeba" or "celeba-syn" does not fit, and what Pillow raises.
     """
-    image = read_rgb(data)
+    image = read_rgb(data, (2 * max(height, width),) * 2)  # enough for the best resampling
     w, h = image.size
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
@@ -318,16 +412,25 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
 
 
 def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image file as upright RGB; a JPEG far larger than (width, height) enough comes smaller."""
+    """Read an image file as upright sRGB; a JPEG far larger than (width, height) enough comes smaller."""
     if not data:
         raise ValueError("is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("is a Git LFS pointer and not the image; run git lfs pull")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     # Each scan goes over all pixels, however few bytes it has: a megabyte of them would take many minutes.
-    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
-    if image.width * image.height * scans > MAX_SCANNED:
-        raise ValueError(f"has {scans} scans of {image.width} x {image.height} pixels")
+    scans, pixels = data.count(b"\xff\xda") if image.info.get("progressive") else 1, math.prod(image.size)
+    if pixels > MAX_PIXELS or pixels * scans > MAX_SCANNED:
+        raise ValueError(f"has {image.width} x {image.height} pixels, scanned {scans} times")
     if enough and image.width % 8 == image.height % 8 == 0:  # whole blocks, which shrink exactly
         image.draft(None, enough)
+    with ONE_LARGE if math.prod(image.size) > LARGE else contextlib.nullcontext():
+        return to_srgb(image)
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Upright RGB pixels, by the embedded colour profile if there is one; transparent ones over white."""
+    profile = image.info.get("icc_profile")
     image.load()
     with contextlib.suppress(Exception):  # the pixels are good even where the EXIF block is not
         image = ImageOps.exif_transpose(image)
@@ -336,10 +439,23 @@ def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
         limits = (1, 255, 65535) if image.mode == "F" else (65535,)  # floats have no range by definition
         top = next((limit for limit in limits if values.max() <= limit), values.max())
         image = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = apply_profile(image, profile) or image.convert("RGB")
+    if alpha is not None:
+        image, rgb = Image.new("RGB", image.size, "white"), image
+        image.paste(rgb, mask=alpha)
+    return image
+
+
+def apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """The image in sRGB; None where there is no profile, or one that is broken or of other colours."""
+    with contextlib.suppress(KeyError, ValueError, OSError, ImageCms.PyCMSError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        modes = {"RGB": ("RGB", "RGBA", "P", "PA"), "L": ("L", "LA"), "CMYK": ("CMYK",)}[mode]
+        if image.mode in modes:
+            image = image if image.mode == mode else image.convert(mode)
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
 # ---- Toys --------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,7 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -576,7 +578,7 @@ def test_pictures_are_laid_out_row_by_row_on_white(here):
 
 
 def test_a_run_leaves_what_it_promises(trained):
-    names = {path.name for path in trained.iterdir()} - {".lock"}
+    names = {path.name for path in trained.iterdir()} - {".lock", data.MARK}
     pictures = {"real.png", "real-macro.png", "sample-000000000.png", "sample-000000004.png"}
     assert names == pictures | {"config.json", "log.jsonl", *(f"checkpoint-{n:09d}.pt" for n in range(1, 5))}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
@@ -619,13 +621,47 @@ def test_guided_panoramas_resume_bit_for_bit_and_log_l_q(here):
     "command, message",
     [
         (["--seed", "1"], "--seed was 0 in run/checkpoint-000000004.pt and is now 1; leave it out"),
-        (["--steps", "4"], "run has done 4 steps; --steps counts them, too: give more"),
-        (["--steps", "9", "--data", "toy:landscapes"], "--data toy:landscapes has other images than run was"),
+        (
+            ["--steps", "9", "--data", "toy:landscapes"],
+            "--data toy:landscapes has other images; put them back",
+        ),
     ],
 )
 def test_resuming_takes_more_steps_and_nothing_else(command, message, copied, capsys):
     assert coco_gan.main(["train", "--resume", "run", "--device", "cpu", *command]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_run_that_has_done_its_steps_is_done(copied, capsys):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    assert coco_gan.main(["train", "--resume", "run", "--device", "cpu"]) == 0
+    assert "done: run/sample-000000004.png" in capsys.readouterr().out
+    kept = {path.name: path.read_bytes() for path in copied.iterdir() if path.name in before}
+    assert kept == before
+
+
+def test_new_images_are_told_and_taken_by_a_run_from_the_old_one(here, capsys):
+    source = fill(here / "photos", {f"{i}.png": flat(i) for i in range(3)})
+    train = ["train", "--device", "cpu", "--log-every", "1"]
+    assert (
+        coco_gan.main([*train, "--run", "old", *flags(dataclasses.replace(UNEVEN, data=source, steps=2))])
+        == 0
+    )
+    fill(here / "photos", {"new.png": flat(9)})
+    assert coco_gan.main([*train, "--resume", "old", "--steps", "3"]) == 2
+    hint = "had 3 images and has 4; put them back, or start anew with its weights: train --from old --data"
+    assert f"{hint} {source}" in capsys.readouterr().err
+    old = coco_gan.read_checkpoint(coco_gan.find_checkpoint("old"))[1]["tensors"]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_gan, "train_loop", lambda gan, *_: seen.append(gan) or 0)
+        assert coco_gan.main([*train, "--from", "old", "--steps", "1"]) == 0
+    (gan,) = seen
+    assert gan.step == 0 and gan.config.data == source and gan.config.N == UNEVEN.N
+    for name, t in coco_gan.named_tensors(gan).items():
+        assert torch.equal(t, torch.zeros_like(t) if name.startswith("opt_") else old[name]), name
+    assert coco_gan.main([*train, "--from", "old", "--width-g", "4"]) == 2
+    assert "leave out flags that change the networks" in capsys.readouterr().err
 
 
 def test_load_gives_the_ema_or_the_weights_themselves(trained):
@@ -757,6 +793,32 @@ def test_training_works_in_a_thread(copied):
     thread.start()
     thread.join()
     assert found == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_training_works_without_a_console(stream, copied, monkeypatch):
+    for name in ("stdout", "stderr"):
+        file = open(os.devnull, "w")
+        file.close()
+        monkeypatch.setattr(sys, name, stream and file)
+    assert coco_gan.main(["train", "--resume", "run", "--steps", "5", "--device", "cpu"]) == 0
+    assert coco_gan.main(["train", "--resume", "nowhere"]) == 2
+
+
+def test_a_gpu_that_cannot_be_used_is_passed_over(monkeypatch, capsys):
+    ones = torch.ones
+
+    def fails(*shape, device="cpu"):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available\nmore")
+        return ones(*shape, device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fails)
+    assert coco_gan.choose_device("auto") == CPU
+    assert capsys.readouterr().out.startswith(
+        "cuda cannot be used (CUDA error: no kernel image is available);"
+    )
 
 
 def test_holdout_is_spread_evenly():
@@ -1016,7 +1078,7 @@ def test_broken_zip_members_have_their_reasons(here, capsys, monkeypatch):
         ("celebba", {}, "--data celebba does not exist; did you mean .*celeba. Give"),
         ("quite/else", {}, "--data quite/else does not exist; give a folder or a zip, or toy:faces or"),
         ("toy:cats", {}, "--data toy:cats does not exist.*toy:faces or toy:landscapes"),
-        ("empty", {}, "--data empty holds no image; looked for .jpg .*.tiff"),
+        ("empty", {}, "--data empty holds no image; looked for .jpg"),
         ("text.zip", {}, "--data text.zip is no zip"),
         ("cut.zip", {}, "--data cut.zip is no zip"),
         ("broken", {}, "none of the 6 images can be used; the first: '1 empty.jpg': is empty"),
@@ -1031,7 +1093,7 @@ def test_mistakes_are_one_line(source, options, words, here):
     Path("cut.zip").write_bytes(Path(make_zip("ok.zip", {"a.png": flat(1)})).read_bytes()[:-9])
     with pytest.raises(UserError, match=words) as caught:
         load(source, **options)
-    assert "\n" not in str(caught.value) and not list(here.glob("cache/*"))
+    assert "\n" not in str(caught.value) and not list(here.glob("cache/*.npy"))
 
 
 def test_a_full_disk_names_the_file_and_leaves_nothing(here, monkeypatch):
@@ -1045,7 +1107,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(here, monkeypatch):
     assert Path("a").read_bytes() == b"old" and os.listdir() == ["a"]
     with pytest.raises(OSError, match="No space left on device: 'cache/toy_faces"):
         load("toy:faces", toy_count=3)
-    assert os.listdir("cache") == []
+    assert os.listdir("cache") == [data.MARK]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -1110,8 +1172,196 @@ def test_an_interrupted_decode_leaves_no_cache(number, here):
         assert child.stdout.readline() == b"one\n"
         child.send_signal(number)
         child.wait(timeout=20)
-    assert [path.suffix for path in Path("cache").iterdir()] == [".tmp"] * (number == signal.SIGKILL)
+    left = [name for name in os.listdir("cache") if name != data.MARK]
+    assert [Path(name).suffix for name in left] == [".tmp"] * (number == signal.SIGKILL)
     assert load(source)[:, 0, 0, 0].tolist() == list(range(200))
+
+
+def test_what_this_program_wrote_is_no_input(here, capsys):
+    """With --data . runs, caches, samples and converted panoramas are passed over, and --resume works."""
+    fill(here, {f"{i}.png": flat(i) for i in range(3)})
+    train = ["train", "--device", "cpu", "--data", ".", *flags(dataclasses.replace(UNEVEN, data="."))]
+    assert coco_gan.main([*train, "--run", "runs/a", "--steps", "1"]) == 0
+    assert coco_gan.main(["sample", "--checkpoint", "runs/a", "--device", "cpu", "--out", "new/"]) == 0
+    assert list(here.glob("**/*.png")) and len(load(".")) == 3
+    assert coco_gan.main(["train", "--device", "cpu", "--resume", "runs/a", "--steps", "2"]) == 0
+    assert len(load("new")) == 16  # named by the user, it counts
+
+
+OTHERS = [
+    "@eaDir/b.JPG/THUMB.jpg",
+    "$RECYCLE.BIN/S-1/a.jpg",
+    "System Volume Information/a.png",
+    ".Trashes/a.png",
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_folders_of_other_systems_are_not_entered(kind, here):
+    files = {name: flat(9) for name in (*OTHERS, "lost+found/a.png")} | {
+        "a.png": flat(1),
+        "a.png.d/b.png": flat(2),
+    }
+    images = load(fill(here / "photos", files) if kind == "folder" else make_zip("p.zip", files))
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_a_folder_that_cannot_be_listed_is_skipped_and_named(here, monkeypatch, capsys):
+    source, listing = fill(here / "photos", {"a.png": flat(1), "b/c.png": flat(2)}), os.scandir
+
+    def scandir(path):
+        if Path(path).name == forbidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    forbidden = "b"
+    assert len(load(source)) == 1
+    message = capsys.readouterr().err
+    assert "skipped 1 of 2 folders" in message and "photos/b/: Permission denied" in message
+    forbidden = "photos"
+    with pytest.raises(UserError, match="photos cannot be listed: Permission denied"):
+        load(source)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_endings_that_pillow_reads_are_taken_and_others_counted(kind, here, capsys):
+    files = {"a.jfif": encode(NOISE, "JPEG"), "b.JPE": encode(NOISE, "JPEG"), "c.ppm": encode(NOISE, "PPM")}
+    files |= {"d.jp2": encode(NOISE, "JPEG2000")} if "JPEG2000" in Image.SAVE else {}
+    files |= {"e.avif": encode(NOISE, "AVIF")} if "AVIF" in Image.SAVE else {}
+    others = {f"{i}.HEIC": b"ftypheic" for i in range(5)} | {"list.txt": b"", "README": b"", ".DS_Store": b""}
+    source = fill(here / "p", files | others) if kind == "folder" else make_zip("p.zip", files | others)
+    assert len(load(source)) == len(files)
+    assert "not read as images: 5 .heic, 1 .txt, 1 no ending\n" in capsys.readouterr().err
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("lsun", "holds no image, but an LMDB; give --data lsun/bedroom_train_lmdb"),
+        ("celeba", "holds no image, but img_align.zip; give it"),
+        ("quota.zip", "is a page of HTML"),
+        ("faces.tar", "is an archive but no zip; unpack it"),
+        ("hf.parquet", "is a Parquet file"),
+        ("one.jpg", "is one image; give its folder"),
+        ("lfs", "'a.jpg': is a Git LFS pointer and not the image; run git lfs pull"),
+        ("pointer.zip", "is a Git LFS pointer; run git lfs pull"),
+    ],
+)
+def test_what_is_no_folder_of_images_is_named(source, words, here):
+    fill(here, {"lsun/bedroom_train_lmdb/data.mdb": b"", "celeba/img_align.zip": b"", "lfs/a.jpg": POINTER})
+    fill(
+        here,
+        {
+            "quota.zip": b"\n<!DOCTYPE html><title>Quota</title>",
+            "hf.parquet": b"PAR1",
+            "pointer.zip": POINTER,
+        },
+    )
+    fill(here, {"one.jpg": encode(NOISE, "JPEG")})
+    with tarfile.open("faces.tar", "w") as archive:
+        archive.add("one.jpg")
+    with pytest.raises(UserError, match=f"^--data.* {re.escape(words)}"):
+        load(source)
+
+
+def test_an_lmdb_is_read_where_lmdb_is_installed(here, monkeypatch):
+    fill(here / "broken_lmdb", {"data.mdb": b"none"})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is an LMDB; pip install lmdb"):
+        patch.setitem(sys.modules, "lmdb", None)
+        load("broken_lmdb")
+    lmdb = pytest.importorskip("lmdb")
+    with pytest.raises(UserError, match="is an LMDB that cannot be read"):
+        load("broken_lmdb")
+    with lmdb.open("images_lmdb") as database, database.begin(write=True) as transaction:
+        for i in range(3):
+            transaction.put(b"\xff%d" % i, flat(i))
+    assert load("images_lmdb")[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_large_photographs_are_read_reduced_and_larger_ones_refused(here, capsys):
+    phone = Image.new("RGB", (12000, 9000), (200, 100, 50))  # 108 megapixels
+    phone.paste((0, 0, 255), (0, 0, 6000, 9000))
+    files = {
+        "a.jpg": encode(phone, "JPEG"),
+        "b.png": png_header(2**14, 2**14),
+        "c.png": png_header(2**14, 2**14 + 1),
+    }
+    images = load(fill(here / "photos", files), 32, 32).astype(int)
+    assert len(images) == 1
+    np.testing.assert_allclose(images[0, :, [8, 24]], [[[0, 0, 255]] * 32, [[200, 100, 50]] * 32], atol=3)
+    message = capsys.readouterr().err
+    assert "'b.png': image file is truncated" in message  # within the limit: it was tried
+    assert "'c.png': has 16385 x 16384 pixels" in message
+    with Image.open(io.BytesIO(files["a.jpg"])) as image:
+        assert data.read_rgb(files["a.jpg"], (64, 64)).size == (image.width // 8, image.height // 8)
+
+
+def profile_of(grey=False, **primaries):
+    """The sRGB profile with other primaries in XYZ; or that of a grey image with a linear curve."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    if grey:
+        content[16:20] = b"GRAY"
+    for i in range(132, 132 + 12 * struct.unpack(">I", content[128:132])[0], 12):
+        name, at = content[i : i + 4].decode(), struct.unpack(">I", content[i + 4 : i + 8])[0]
+        if name in primaries:
+            content[at + 8 : at + 20] = struct.pack(">3i", *(round(x * 65536) for x in primaries[name]))
+        if name == "rTRC" and grey:
+            content[i : i + 4], content[at + 8 : at + 16] = b"kTRC", struct.pack(">hhi", 0, 0, 65536)  # γ = 1
+    return bytes(content)
+
+
+P3 = dict(
+    rXYZ=(0.51512, 0.24120, -0.00105), gXYZ=(0.29198, 0.69225, 0.04189), bXYZ=(0.15710, 0.06657, 0.78407)
+)
+
+
+def test_embedded_colour_profiles_become_srgb():
+    """The expected values are by the matrices of both spaces, which have one curve."""
+    to_xyz = np.array([P3[name] for name in ("rXYZ", "gXYZ", "bXYZ")]).T
+    srgb = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+    colours = np.array([[224, 160, 130], [90, 120, 140], [128, 128, 128]]) / 255
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    linear = linear @ (np.linalg.inv(srgb) @ to_xyz).T
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    pixels = np.round(255 * colours).astype(np.uint8)[None].repeat(2, 0)  # (2, 3, 3)
+    decode = functools.partial(data.decode_image, height=2, width=3, crop="center")
+    for form, options in (("PNG", {}), ("TIFF", {}), ("WEBP", dict(lossless=True))):
+        found = decode(encode(pixels, form, icc_profile=profile_of(**P3), **options))
+        np.testing.assert_allclose(found[0], expected, atol=2)
+    seen = decode(encode(np.dstack([pixels, ALPHA]), icc_profile=profile_of(**P3)))
+    np.testing.assert_allclose(seen[0, :2], expected[:2], atol=2)
+    assert (seen[0, 2] == 255).all()  # transparent: white
+    for useless in (b"garbage", profile_of(**P3)[:200]):
+        np.testing.assert_array_equal(decode(encode(pixels, icc_profile=useless)), pixels)
+    grey = decode(encode(np.full((2, 3), 128, np.uint8), icc_profile=profile_of(grey=True)))
+    np.testing.assert_allclose(grey, 188, atol=1)  # linear 0.5 in sRGB
+    other = encode(cmyk(), "TIFF", icc_profile=profile_of(**P3))  # of other colours than the image has
+    np.testing.assert_array_equal(decode(other), COLOURS)
+
+
+def test_an_old_cache_of_a_source_is_replaced_and_one_that_was_moved_is_found(here, monkeypatch):
+    load(fill(here / "a/photos", {"a.png": flat(1)}))
+    load(fill(here / "b/photos", {"a.png": flat(2)}))
+    load(fill(here / "a/photos", {"b.png": flat(3)}))
+    assert len(list(Path("cache").glob("*.npy"))) == 2  # one for each folder
+    Path("a").rename("moved")
+    monkeypatch.setattr(data, "decode_all", None)
+    assert load("moved/photos")[:, 0, 0, 0].tolist() == [1, 3]
+
+
+def test_with_64_cores_there_are_at_most_16_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    before = threading.active_count()
+
+    def work(i):
+        time.sleep(0.001)
+        return threading.active_count()
+
+    assert max(data.in_threads(work, range(300))) - before <= 16
 
 
 def test_release_pages_frees_memory_and_loses_nothing(here):
@@ -1648,7 +1898,7 @@ def test_sample_draws_what_is_asked(words, shape, copied, capsys):
 def test_sample_draws_one_picture_per_seed_into_a_folder(copied):
     command = ["sample", "--checkpoint", "run", "--device", "cpu"]
     assert coco_gan.main([*command, "--seed", "3", "--count", "2", "--out", "a/b/"]) == 0
-    assert sorted(os.listdir("a/b")) == ["seed-000003.png", "seed-000004.png"]
+    assert sorted(os.listdir("a/b")) == [data.MARK, "seed-000003.png", "seed-000004.png"]
     image = coco_gan.to_uint8(coco_gan.full_image(coco_gan.load("run"), coco_gan.latents([4], 8)))[0]
     assert np.array_equal(picture("a/b/seed-000004.png"), image)
 
@@ -1687,7 +1937,10 @@ BAD = [
     ("train --data nowhere", "--data nowhere does not exist"),
     ("train --holdout 5000", "--holdout 5000 leaves none of 4096 images"),
     ("train --graph", "--graph is for a single process on a GPU; leave it out"),
-    ("train --panorama --preset tiny", "--panorama needs a cylinder, and preset tiny is none; leave one"),
+    (
+        "train --panorama --preset tiny",
+        "--panorama needs a cylinder, and tiny or --topology plane is none; leave one",
+    ),
     ("train --resume --preset tiny", "--resume keeps the run's preset and folder; leave out --preset"),
     ("train --resume nowhere", "nowhere is no checkpoint and no run folder with one"),
     ("train --resume", "--resume finds no run under runs/; name one, or leave it out"),

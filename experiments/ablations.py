@@ -59,7 +59,7 @@ from coco_gan import (
     to_uint8,
     train_step,
 )
-from data import CROPS, UserError, load_images, release_pages, write_file
+from data import CROPS, UserError, load_images, make_folder, release_pages, write_file
 from experiments.evaluate import choose_real, compare
 from kernels import ConditionalBatchNorm
 
@@ -335,7 +335,7 @@ def ablations(args: argparse.Namespace) -> None:
     base = Config(**{**PRESETS[args.preset], **given}).check()
     device, names = choose_device(args.device), args.variants or [*VARIANTS]
     configs = {name: configure(name, base) for name in names}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     stored = load_images(base.data, base.height, base.width, crop=base.crop, seed=base.seed, cache=args.cache)
     real, more = choose_real(stored, base.holdout, args.count)
     indices, _ = split(len(stored), base.holdout)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from coco_gan import Generator, Parser, find_checkpoint, load, read_checkpoint, run_command
-from data import UserError, write_file
+from data import UserError, make_folder, write_file
 
 ENDINGS = (".pt", ".pt2", ".npz", ".onnx")
 
@@ -69,7 +69,7 @@ def export(args: argparse.Namespace) -> None:
     for module in G.modules():
         if hasattr(module, "v"):
             del module.v  # needed in training alone
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_file(out, encode(out.suffix, contents, G))
     print(f"{out}: step {contents['step']:,} of {path}, {out.stat().st_size:,} bytes")
 

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 import coco_gan as core
 from coco_gan import COCOGAN, Config, content_consistency, spatial_consistency, spectral_norm, update
-from data import UserError, release_pages, write_file
+from data import UserError, make_folder, release_pages, write_file
 from experiments.figures import RED, frame
 
 EVERY = 100  # steps between two looks at the seams
@@ -128,7 +128,7 @@ def post_train(args: argparse.Namespace) -> int:
     run = Path(args.run or f"runs/{path.resolve().parent.name}-extrapolate")
     if run.exists():
         raise UserError(f"--run {run} exists; name a new folder")
-    run.mkdir(parents=True)
+    make_folder(run)
     write_file(run / "config.json", (json.dumps(vars(gan.config), indent=1) + "\n").encode())
 
     report(gan, margin, run, [])

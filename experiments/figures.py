@@ -23,7 +23,16 @@ import torch
 
 import coco_gan as core
 from coco_gan import Config, Generator, full_image, grid, latents, micro_patches, to_uint8
-from data import UserError, decode_image, in_threads, list_images, read_file, read_rgb, report_skipped
+from data import (
+    UserError,
+    decode_image,
+    in_threads,
+    list_images,
+    make_folder,
+    read_file,
+    read_rgb,
+    report_skipped,
+)
 from experiments.view import save_animation
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -360,7 +369,7 @@ def draw(args: argparse.Namespace) -> None:
     picture = args.figure(G, args)
     folder = Path("runs") if path.parent == core.ASSETS else path.parent
     out = Path(animated or args.out or folder / f"{path.stem}-{args.command}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     (save_animation if animated else core.save_picture)(picture, out)
     print(f"{out}, from {path}")
 

@@ -27,7 +27,17 @@ import numpy as np
 from PIL import Image
 
 from coco_gan import Parser, run_command
-from data import UserError, in_threads, is_image, list_images, read_rgb, reason_of, report_skipped, write_file
+from data import (
+    UserError,
+    in_threads,
+    is_image,
+    list_images,
+    make_folder,
+    read_rgb,
+    reason_of,
+    report_skipped,
+    write_file,
+)
 
 # Of the faces front, right, back, left, up and down, in x (right), y (up), z (front): seen from inside, the
 # point a to the right and b up in [-1, 1] of a face is in the direction a · RIGHT + b · UP + OUT.
@@ -75,7 +85,7 @@ def make_panoramas(args: argparse.Namespace) -> None:
         if isinstance(png, str):  # why there is none
             skipped.append(f"{places[file][0]!r}: {png}")
         else:
-            target.mkdir(parents=True, exist_ok=True)
+            make_folder(target)
             if not record.exists():
                 write_file(record, settings.encode())
             write_file(target / file, png)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from coco_gan import Parser, run_command, save_picture
-from data import UserError
+from data import UserError, make_folder
 
 # Title and name in the logs, of one line per run; of a second, dashed line the same two.
 PANELS = (
@@ -103,7 +103,7 @@ def plot(args: argparse.Namespace) -> None:
     canvas = FigureCanvasAgg(draw(logs))
     canvas.draw()
     out = Path(args.out or Path(args.runs[0]) / "indicators.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     save_picture(np.array(canvas.buffer_rgba())[..., :3], out)
     print(out)
 

@@ -374,7 +374,7 @@ def test_command_lines_are_one_line_or_work(tries, disk, survived, capsys, monke
         words += ["photos", "made"] if main is panorama.main else ["photos"] * (command == "guided")
         words += [] if main in (plot.main, panorama.main) else ["--device", "cpu"] * (main is not export.main)
         for flag in rng.sample(flags[main, command], min(rng.randrange(1, 4), len(flags[main, command]))):
-            if flag not in ("--help", "--follow", "--no-guided", "--device", "--cache"):
+            if flag not in ("--help", "--follow", "--serve", "--no-guided", "--device", "--cache"):
                 words += [flag, *rng.choice(VALUES).split()]
         before = {path for path in disk.parent.rglob("*") if disk not in path.parents}
         status = main(words)

@@ -2,6 +2,7 @@
 
     python -m experiments.view --yaw 90 --fov 75 --size 480x640    # a perspective view
     python -m experiments.view --pan --out turn.gif                # a full turn, which loops
+    python -m experiments.view --serve                             # look around in a browser
     python -m experiments.view --benchmark                         # how long head movements take
     python -m experiments.view --viewport 8,-20,16,40              # a rectangle of the full image
     python -m experiments.view --full --out big.png                # all of it, with little memory
@@ -25,8 +26,9 @@ from PIL import Image
 
 import coco_gan
 from coco_gan import Generator, Parser, latents, micro_patches, positive, save_picture, to_uint8
-from data import UserError, atomic, write_file
+from data import UserError, atomic, make_folder, write_file
 from experiments.panorama import add_projection, choose_latitude, picture_size
+from experiments.serve import serve
 
 
 class Scene:
@@ -161,7 +163,7 @@ def save_png(parts, path: Path, height: int, width: int) -> None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """From a checkpoint to a picture, to an animation, or with --benchmark to a table."""
+    """From a checkpoint to a picture, to an animation, to a page, or with --benchmark to a table."""
     path = coco_gan.find_checkpoint(args.checkpoint, panorama=True)
     G = coco_gan.load(path, coco_gan.choose_device(args.device), raw=args.raw)
     config, z = G.config, latents([args.seed], G.config.z_dim)
@@ -179,9 +181,17 @@ def draw(args: argparse.Namespace) -> None:
     def see(scene: Scene, yaw: float) -> np.ndarray:
         return look(scene, yaw, args.pitch, args.fov, *args.size, args.projection, border)
 
+    if args.serve:
+        start = args.seed, args.yaw, args.pitch, args.fov, *args.size
+        return serve(
+            lambda seed: Scene(G, latents([seed], config.z_dim)),
+            lambda *view: look(*view, args.projection, border),
+            start,
+            args.port,
+        )
     if args.benchmark:
         return benchmark(G, see, args.seed, args.yaw, args.frames)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     if args.full:
         rows = (to_uint8(coco_gan.full_image(G, z, range(i, i + 1)))[0] for i in range(config.R))
         save_png(rows, out, config.height, config.width)
@@ -216,10 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     add_projection(parser)
     add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--pan", action="store_true", help="an animation of a full turn")
+    add_one("--serve", action="store_true", help="a page to look around in with a browser, until Ctrl-C")
     add_one("--benchmark", action="store_true", help="print how long views take, and write nothing")
     add_one("--viewport", type=rectangle, metavar="TOP,LEFT,HEIGHT,WIDTH", help="a part of the full image")
     add_one("--full", action="store_true", help="the full image, a row of micro patches at a time")
     add("--frames", type=positive, default=36, metavar="N", help="views in a full turn (default: 36)")
+    add("--port", type=int, default=0, metavar="N", help="of --serve (default: a free one)")
     add("--out", metavar="FILE", help="picture, or .gif or .webp of --pan (default: beside the checkpoint)")
     add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
