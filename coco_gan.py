@@ -75,6 +75,7 @@ else:
 
 # ---- Configuration (section 3.1, appendix C): each field is a flag of `train`, and is in every checkpoint --
 
+__version__ = "1.0.0"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -581,12 +582,16 @@ class COCOGAN(nn.Module):
     Config = Config
     FORMAT = "coco-gan checkpoint 2"
     LOSSES = "L_W", "L_GP", "gradient_norm", "L_S_real", "L_S_generated", "L_Q"  # the last with --guided
+    LINE = "W {L_W:.2f}  GP {L_GP:.2f}  S {L_S_real:.2f}/{L_S_generated:.2f}"  # of the log
+    LEGEND = "W, GP and S: the losses L_W, L_GP, and L_S of real/generated macro patches"
+    COMMAND = "coco_gan.py"
 
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, device, 0
         self.rng = torch.Generator().manual_seed(2**63 + config.seed)  # another stream than the weights'
+        self.LINE += "  Q {L_Q:.2f}" * config.guided
         self.G, self.D = Generator(config), Discriminator(config)
         self.A = Head(self.D.linear.in_features, config.c_dim)
         self.Q = Head(self.D.linear.in_features, config.z_dim) if config.guided else None
@@ -660,7 +665,12 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
 
 
 def latents(seeds, z_dim: int = 128) -> torch.Tensor:
-    """One latent vector per seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine."""
+    """One latent vector per seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine.
+
+    Raises: UserError for a single number.
+    """
+    if isinstance(seeds, int):
+        raise UserError(f"seeds is {seeds}; give a list of numbers, as [{seeds}] or range({seeds})")
     return torch.cat([sample_latents(1, z_dim, torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -683,8 +693,12 @@ def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns
     Args: z (B, z_dim) in [-1, 1], on any device; rows, columns: of the micro patches to make (default: 0 …
     R-1 and 0 … K-1). Those outside extrapolate; where borders meet, they wrap around.
     Returns: (B, 3, len(rows)·S, len(columns)·S) float32 in [-1, 1], on the device of G.
+    Raises: UserError for another size of z.
     Source: section 2, "testing phase"; section 3.3 for extrapolation; section 3.4 for partial generation.
     """
+    if z.dim() != 2 or z.shape[1] != G.config.z_dim:
+        size = G.config.z_dim
+        raise UserError(f"z is {tuple(z.shape)}; give (B, {size}), as of latents(seeds, {size})")
     rows, columns = rows or range(G.config.R), columns or range(G.config.K)
     i, j = torch.meshgrid(torch.tensor(rows), torch.tensor(columns), indexing="ij")
     i, j = i.flatten().repeat(len(z)), j.flatten().repeat(len(z))
@@ -695,6 +709,12 @@ def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def pictures(G: Generator, seeds, **part: range) -> list[Image.Image]:
+    """The full images of seeds as Pillow's. part: rows and columns of `full_image`."""
+    images = full_image(G, latents(seeds, G.config.z_dim), **part)
+    return [Image.fromarray(image) for image in to_uint8(images)]
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -708,6 +728,12 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
         top, left = b // columns * (H + gap), b % columns * (W + gap)
         picture[top : top + H, left : left + W] = image
     return picture
+
+
+def enlarge(images: np.ndarray, zoom: int | None = None) -> np.ndarray:
+    """Repeat the pixels of images (B, H, W, 3), by default until the shorter side has 128 at most."""
+    zoom = zoom or max(1, 128 // min(images.shape[1:3]))
+    return images.repeat(zoom, axis=1).repeat(zoom, axis=2)
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
@@ -758,10 +784,13 @@ def is_panorama(run: Path) -> bool:
 
 
 def find_checkpoint(where: str | Path | None = None, panorama: bool = False, root: str = "runs") -> Path:
-    """A checkpoint as given, the newest of a run folder, or (None) the newest under root, else of assets/.
+    """A checkpoint as given, the newest of a run folder, that of a name in assets/, such as toy_faces, or
+    (None) the newest under root, else toy_faces.
 
     Args: panorama: whether only runs on a cylinder count. Raises: UserError.
     """
+    if where is not None and (ASSETS / f"{where}.pt").is_file():
+        return ASSETS / f"{where}.pt"
     if where is None:
         runs = [run for run in Path(root).glob("*") if not panorama or is_panorama(run)]
         newest = [checkpoints(run)[-1] for run in runs if checkpoints(run)]
@@ -807,10 +836,14 @@ def read_checkpoint(path: Path, System: type = COCOGAN) -> tuple[Config, dict]:
 def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = False) -> Generator:
     """The generator of a checkpoint, to sample from: see `find_checkpoint` and `full_image`.
 
-    Args: raw: G's weights themselves instead of their EMA.
+    Args: device: as of --device; raw: G's weights themselves instead of their EMA.
     Returns: G in evaluation mode and float32; G.config has its sizes. Raises: UserError (a ValueError).
     """
     path = find_checkpoint(checkpoint)
+    if checkpoint is None:
+        print(f"loaded {path}", file=sys.stderr)
+    if isinstance(device, str):
+        device = choose_device(device)
     config, contents = read_checkpoint(path)
     G, prefix = Generator(config), "G." if raw else "G_ema."
     if raw and is_ema_only(contents["tensors"]):
@@ -946,9 +979,14 @@ def log(gan: nn.Module, losses: torch.Tensor, rate: float, run: Path, board) -> 
     entry |= dict(images_per_second=rate * config.batch_size) | means
     if gan.device.type == "cuda":
         entry["peak_memory_mb"] = torch.cuda.max_memory_allocated(gan.device) // 2**20
-    text = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    left = datetime.timedelta(seconds=round((config.steps - gan.step) / rate))
-    print(f"step {gan.step:,}  {entry['images_per_second']:,.0f} images/s  {left} left  {text}", flush=True)
+    seconds = round((config.steps - gan.step) / rate)
+    left = f"{seconds // 60}:{seconds % 60:02}" if seconds < 3600 else f"{seconds / 3600:.0f} h"
+    line = f"step {gan.step:,}/{config.steps:,}  {100 * gan.step // config.steps}%"
+    line += f"  {entry['images_per_second']:,.0f}/s  {left} left  " + gan.LINE.format_map(means)
+    line = re.sub(r"\b0\.", ".", line)
+    if len(line) > 79:
+        line = line.replace(f"/{config.steps:,}", "")
+    print("\r" * sys.stdout.isatty() + line, flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
@@ -959,7 +997,14 @@ def log(gan: nn.Module, losses: torch.Tensor, rate: float, run: Path, board) -> 
 
 def show(gan: COCOGAN) -> np.ndarray:
     """Full images of the EMA of G, from 24 latent vectors that are always the same: one picture (h, w, 3)."""
-    return grid(to_uint8(full_image(gan.G_ema, latents(range(24), gan.config.z_dim))))
+    return grid(enlarge(to_uint8(full_image(gan.G_ema, latents(range(24), gan.config.z_dim)))))
+
+
+def save_progress(run: Path) -> None:
+    """progress.gif: the samples of a run, one after the other."""
+    frames, file = [Image.open(path) for path in sorted(run.glob("sample-*.png"))], io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=300)
+    write_file(run / "progress.gif", file.getvalue())
 
 
 def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
@@ -983,21 +1028,24 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
         if gan.step == 0:
             rng = torch.Generator().manual_seed(config.seed)  # the run's own stays as it is
             x_macro, *_ = draw_batch(config, images, indices, rng, device)
-            save_picture(grid(to_uint8(x_macro[:64])), run / "real-macro.png")
-            save_picture(grid(stored[indices[:24].numpy()]), run / "real.png")
+            save_picture(grid(enlarge(to_uint8(x_macro[:64]))), run / "real-macro.png")
+            save_picture(grid(enlarge(stored[indices[:24].numpy()])), run / "real.png")
             save_picture(show(gan), run / "sample-000000000.png")
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(run), purge_step=gan.step + 1)
     parameters = sum(p.numel() for p in gan.parameters() if p.requires_grad)
-    todo = f"{config.steps - gan.step:,} steps to go"
-    print(f"{len(indices):,} images, {parameters:,} parameters, {todo}, in {run}", flush=True)
+    held_out = f", {config.holdout:,} held out" * (config.holdout > 0)
+    print(f"{len(indices):,} images of {config.height} x {config.width}{held_out}, {parameters:,} parameters")
+    if len(indices) < 1000:
+        print("fewer than 1,000 images: faces will look like those; --mirror doubles them")
+    print(f"{config.steps - gan.step:,} steps to go, in {run}; the log has images per second; {gan.LEGEND}")
 
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
     intervals = args.log_every, args.sample_every, args.save_every
-    losses, start_time, first_step = [], time.monotonic(), gan.step
+    losses, start_time, first_step, progress_time = [], time.monotonic(), gan.step, 0.0
     stopped, last = 0, gan.step >= config.steps  # a run that has done its steps is done again
     with stop_signals() as signals:
         while not last:
@@ -1014,7 +1062,9 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
                     hint = f"what {run} has saved is good; try lower --lr-g and --lr-d"
                     raise UserError(f"a loss or a weight is not finite at step {gan.step:,}; {hint}")
                 if drawing:
-                    save_picture(show(gan), run / f"sample-{gan.step:09d}.png")
+                    picture = show(gan)
+                    save_picture(picture, run / f"sample-{gan.step:09d}.png")
+                    save_picture(picture, run / "latest.png")
                 if saving:
                     save_checkpoint(gan, run / f"checkpoint-{gan.step:09d}.pt", fingerprint)
                     for old in checkpoints(run)[: -args.keep]:
@@ -1024,10 +1074,15 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
                     log(gan, seen, rate, run, board)
             if logging:
                 losses.clear()
+            elif sys.stdout.isatty() and time.monotonic() > progress_time + 0.2:
+                progress_time = time.monotonic()
+                print(f"\rstep {gan.step:,}/{config.steps:,} ", end="", flush=True)
     if stopped and gan.step < config.steps:
-        print(f"stopped and saved step {gan.step:,}; go on with: python coco_gan.py train --resume {run}")
+        print(f"stopped and saved step {gan.step:,}; go on with: python {gan.COMMAND} train --resume {run}")
         return 128 + stopped
-    print(f"done: {run}/sample-{gan.step:09d}.png; for more: python coco_gan.py sample --checkpoint {run}")
+    if RANK == 0:
+        save_progress(run)
+    print(f"done: {run}/latest.png; for more: python {gan.COMMAND} sample --checkpoint {run}")
     return 0
 
 
@@ -1102,13 +1157,13 @@ def sample(args: argparse.Namespace) -> int:
         spans.append(range(-margin, size * turns + margin))
     default = Path("runs") if path.parent == ASSETS else path.parent
     out = Path(args.out or default / f"{path.stem}-seed-{seeds[0]}.png")
-    pictures = {out: seeds}
+    files = {out: seeds}
     if out.is_dir() or str(args.out).endswith("/"):
-        pictures = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
-    for name, some in pictures.items():
+        files = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
+    for name, some in files.items():
         images = to_uint8(full_image(G, latents(some, G.config.z_dim), *spans))
         make_folder(name.parent)
-        save_picture(grid(images), name)
+        save_picture(grid(enlarge(images, args.zoom if out in files else 1)), name)
     print(f"{out}: {len(seeds)} images, from {path}")
     return 0
 
@@ -1155,6 +1210,9 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
     return 2
 
 
+GROUPS = dict(height="model", lambda_gp="losses and optimisation", data="images")  # by their first fields
+
+
 def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) -> list[Parser]:
     """Add the commands train and sample, with the flags that each system has; returns their parsers."""
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1169,12 +1227,16 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     add("--save-every", type=positive, default=1000, metavar="N", help="between checkpoints (default: 1000)")
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
+    by_preset, groups = {name for preset in PRESETS.values() for name in preset}, dict(GROUPS)
     for field in dataclasses.fields(Config):
+        if field.name in groups:
+            add = train_parser.add_argument_group(groups[field.name]).add_argument
         allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
             values = "|".join(allowed) if field.type == "str" and allowed else field.type
             options = dict(type={"int": int, "float": float, "str": str}[field.type], metavar=values)
-        text = f"{field.metadata['help']} (default: {field.default})"
+        default = "by preset" if field.name in by_preset else field.default
+        text = f"{field.metadata['help']} (default: {default})"
         add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
 
     sample_parser = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False)
@@ -1192,7 +1254,9 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="coco_gan.py", description="COCO-GAN: train on images, and sample full images.")
+    text = "COCO-GAN: train on images, and sample full images. To begin: coco_gan.py train"
+    parser = Parser(prog="coco_gan.py", description=text)
+    parser.add_argument("--version", action="version", version=f"COCO-GAN {__version__}")
     train_parser, sample_parser = add_commands(parser, train, sample)
     add = train_parser.add_argument
     add("--panorama", action="store_true", help="preset panorama, or panorama-tiny on a CPU")
@@ -1201,13 +1265,15 @@ def build_parser() -> Parser:
     add("--panorama", action="store_true", help="one image of the newest checkpoint of a cylinder")
     add("--turns", type=positive, default=1, metavar="N", help="repeat images whose borders meet")
     add("--extrapolate", type=positive, default=0, metavar="N", help="add N micro patches beyond each border")
+    add("--zoom", type=positive, metavar="N", help="enlarge pixels (default: images to 128, in folders 1)")
     add("--raw", action="store_true", help="use G's weights themselves, not their moving average")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status, see `run_command`."""
-    return run_command(build_parser(), lambda args: args.act(args), argv)
+    """Run a command, by default that of the command line; returns the exit status, see `run_command`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command(build_parser(), lambda args: args.act(args), argv or ["--help"])
 
 
 if __name__ == "__main__":

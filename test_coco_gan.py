@@ -509,7 +509,7 @@ def two_processes(*command):
 def test_a_run_of_two_processes_continues_in_one(copied):
     resume = ["train", "--resume", "run", "--device", "cpu", "--log-every", "1"]
     out = two_processes(str(ROOT / "coco_gan.py"), *resume, "--steps", "6")
-    assert sum(line.startswith("step 6 ") for line in out.splitlines()) == 1  # one process speaks
+    assert sum(line.startswith("step 6/6 ") for line in out.splitlines()) == 1  # one process speaks
     assert coco_gan.checkpoints(copied)[-1].name == "checkpoint-000000006.pt"
     assert coco_gan.main([*resume, "--steps", "7"]) == 0
     assert coco_gan.read_checkpoint(coco_gan.checkpoints(copied)[-1])[1]["step"] == 7
@@ -561,6 +561,20 @@ def test_parts_wrap_around_borders_that_meet_and_extrapolate_others(config):
     assert torch.allclose(part[:, :, :4, :4], full[:, :, 12:, 20:], atol=1e-4) == down
 
 
+def test_python_takes_names_and_seeds_and_says_what_is_wrong(here, capsys):
+    G = coco_gan.load("toy_faces")
+    a, b = coco_gan.pictures(G, [3, 4], rows=range(1, 3))
+    assert a.size == (64, 32) and a.mode == "RGB" and capsys.readouterr().err == ""
+    assert np.array_equal(b, coco_gan.to_uint8(coco_gan.full_image(G, coco_gan.latents([4])))[0, 16:48])
+    assert coco_gan.load().config == G.config and "assets/toy_faces.pt" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"seeds is 3; give a list of numbers, as \[3\] or range\(3\)"):
+        coco_gan.latents(3)
+    with pytest.raises(UserError, match=r"z is \(2, 7\); give \(B, 128\), as of latents\(seeds, 128\)"):
+        coco_gan.full_image(G, torch.zeros(2, 7))
+    with pytest.raises(UserError, match="--device cuda:7 is not available"):
+        coco_gan.load("toy_faces", device="cuda:7")
+
+
 def test_pictures_are_laid_out_row_by_row_on_white(here):
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
     sheet = coco_gan.grid(images, columns=3, gap=1)
@@ -580,13 +594,32 @@ def test_pictures_are_laid_out_row_by_row_on_white(here):
 def test_a_run_leaves_what_it_promises(trained):
     names = {path.name for path in trained.iterdir()} - {".lock", data.MARK}
     pictures = {"real.png", "real-macro.png", "sample-000000000.png", "sample-000000004.png"}
-    assert names == pictures | {"config.json", "log.jsonl", *(f"checkpoint-{n:09d}.pt" for n in range(1, 5))}
+    assert names == pictures | {
+        "latest.png",
+        "progress.gif",
+        "config.json",
+        "log.jsonl",
+        *(f"checkpoint-{n:09d}.pt" for n in range(1, 5)),
+    }
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[-1]["images"] == 16
     assert {*coco_gan.COCOGAN.LOSSES[:-1], "images_per_second"} <= log[-1].keys()
     assert Config(**json.loads((trained / "config.json").read_text())) == UNEVEN
     first, last = picture(trained / "sample-000000000.png"), picture(trained / "sample-000000004.png")
     assert first.shape == last.shape and not np.array_equal(first, last)
+
+
+def test_a_line_of_the_log_has_79_columns_at_most(here, capsys):
+    config = dataclasses.replace(UNEVEN, steps=4_000, guided=True)
+    gan, losses = COCOGAN(config, CPU), torch.tensor([[4.6, 1.35, 9.9, 0.47, 0.984, 1.2]])
+    gan.step = 200
+    coco_gan.log(gan, losses, 75.3, Path("."), None)
+    line = "step 200/4,000  5%  301/s  0:50 left  W 4.60  GP 1.35  S .47/.98  Q 1.20\n"
+    assert capsys.readouterr().out == line
+    gan.config, gan.step = dataclasses.replace(config, steps=1_000_000, batch_size=128), 999_000
+    coco_gan.log(gan, -3 * losses, 0.001, Path("."), None)
+    assert len(capsys.readouterr().out) <= 80
+    assert json.loads(Path("log.jsonl").read_text().splitlines()[0])["gradient_norm"] == pytest.approx(9.9)
 
 
 def rerun_from(run, step, *command):
@@ -635,7 +668,7 @@ def test_resuming_takes_more_steps_and_nothing_else(command, message, copied, ca
 def test_a_run_that_has_done_its_steps_is_done(copied, capsys):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     assert coco_gan.main(["train", "--resume", "run", "--device", "cpu"]) == 0
-    assert "done: run/sample-000000004.png" in capsys.readouterr().out
+    assert "done: run/latest.png" in capsys.readouterr().out
     kept = {path.name: path.read_bytes() for path in copied.iterdir() if path.name in before}
     assert kept == before
 
@@ -1881,10 +1914,10 @@ def test_kernels_compile_without_a_gpu():
 @pytest.mark.parametrize(
     "words, shape",
     [
-        ("", (70, 102)),  # 16 images of 16 x 24 in 4 columns
-        ("--count 2", (34, 24)),
-        ("--seed 5 7 8 --extrapolate 1", (24, 100)),
-        ("--count 1 --raw", (16, 24)),
+        ("--zoom 1", (70, 102)),  # 16 images of 16 x 24 in 4 columns
+        ("--count 2 --zoom 3", (3 * 32 + 2, 3 * 24)),
+        ("--seed 5 7 8 --extrapolate 1 --zoom 1", (24, 100)),
+        ("--count 1 --raw", (128, 192)),  # enlarged by a whole factor
     ],
 )
 def test_sample_draws_what_is_asked(words, shape, copied, capsys):
@@ -1904,7 +1937,12 @@ def test_sample_draws_one_picture_per_seed_into_a_folder(copied):
 
 
 def test_panoramas_are_sampled_with_turns(here):
-    assert coco_gan.main(["sample", "--panorama", "--turns", "2", "--device", "cpu", "--out", "a.png"]) == 0
+    assert (
+        coco_gan.main(
+            ["sample", "--panorama", "--turns", "2", "--device", "cpu", "--zoom", "1", "--out", "a.png"]
+        )
+        == 0
+    )
     image = picture("a.png").astype(int)
     assert image.shape == (32, 192, 3) and np.abs(image[:, :96] - image[:, 96:]).max() <= 1
 
@@ -1950,7 +1988,6 @@ BAD = [
     ("sample --raw", "toy_faces.pt has the moving average only; leave out --raw"),
     ("sample --out a.txt", "a.txt is not the name of a picture; end it in .png"),
     ("sample --out photo.jpg/a.png", "File exists: 'photo.jpg'"),
-    ("", "the following arguments are required: command"),
 ]
 
 
@@ -1963,6 +2000,13 @@ def test_bad_input_ends_in_one_line(command, message, here, capsys):
     assert error.startswith("error: ") and message in error
     assert progress == [] or "--holdout" in command  # which draws the toys first
     assert not Path("runs").exists()
+
+
+def test_no_arguments_print_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["coco_gan.py"])
+    with pytest.raises(SystemExit, match="^0$"):
+        coco_gan.main()
+    assert "sample from a trained model" in capsys.readouterr().out
 
 
 def test_every_field_has_a_flag(capsys):
@@ -2037,6 +2081,20 @@ def test_commands_of_all_pages(here):
         kind = name if name in BUDGET else "resume" if "--resume" in words else words[0] if words else ""
         words += BUDGET.get(kind, "").format(2 + number).split()
         assert module.main(words) == 0, (script, words)
+
+
+def test_the_notebook_runs_from_top_to_bottom(here, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "demo.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells)  # none are stored
+    for cell in cells:
+        cell.source = cell.source.replace("< 300", "< 50")
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
+    assert shown == [False] + [True] * (len(cells) - 1)
 
 
 def test_python_examples_of_the_readme(copied):
