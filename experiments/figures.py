@@ -1,5 +1,6 @@
 """Draw what figures of the paper show, from a checkpoint (default: the newest under runs/).
 
+    python -m experiments.figures method                        # the drawing of the README
     python -m experiments.figures patches --count 8             # figure 3: images, macro and micro patches
     python -m experiments.figures interpolate --seed 1 2 3      # figures 5 and 23: between latents
     python -m experiments.figures interpolate --gif loop.gif    # the same as a loop
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import coco_gan as core
 from coco_gan import Config, Generator, full_image, grid, latents, micro_patches, to_uint8
@@ -32,6 +34,7 @@ from data import (
     read_file,
     read_rgb,
     report_skipped,
+    toy_faces,
 )
 from experiments.view import save_animation
 
@@ -87,6 +90,74 @@ def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
 
 
 # ---- Between latents and between coordinates (section 3.2) -------------------------------------------------
+
+
+def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
+    """The method in one drawing: a generated and a real macro patch (toy face) on their ways to D."""
+    config, font = G.config, ImageFont.load_default(15)
+    i, j = config.positions[0] // 2, config.positions[1] // 2
+    N, M, S = config.N, config.M, config.S
+    canvas = Image.new("RGB", (920, 400), "white")
+    pen, unit = ImageDraw.Draw(canvas), 128 // max(N, M) // S * S  # pixels of a micro patch in the drawing
+
+    def write(y, x, text, anchor="mm"):
+        pen.text((x, y), text, "black", font, anchor)
+
+    def arrow(y, x, to_y, to_x, text=""):
+        pen.line((x, y, to_x, to_y), "black", 2)
+        angle = math.atan2(to_y - y, to_x - x)
+        for turn in (2.7, -2.7):
+            tip = to_x + 9 * math.cos(angle + turn), to_y + 9 * math.sin(angle + turn)
+            pen.line((to_x, to_y, *tip), "black", 2)
+        write((y + to_y) / 2 - 14, (x + to_x) / 2, text)
+
+    def paste(y, x, image, size):
+        height, width = size
+        picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(picture, (round(x - width / 2), round(y - height / 2)))
+
+    def box(y, x, text, height):
+        pen.rounded_rectangle((x - 24, y - height / 2, x + 24, y + height / 2), 8, "#dde6f2", "black", 2)
+        write(y, x, text)
+
+    z = latents([args.seed[0]], config.z_dim)
+    s_macro = to_uint8(full_image(G, z, range(i, i + N), range(j, j + M)))[0]
+    real = next(toy_faces(8, config.height, config.width))[7]
+    cell = 96 // max(config.R, config.K)
+    left, top = 30, 84
+    for row in range(config.R):  # the grid of c''
+        for column in range(config.K):
+            chosen = i <= row < i + N and j <= column < j + M
+            at = left + column * cell, top + row * cell
+            pen.rectangle((*at, at[0] + cell, at[1] + cell), "#f4a582" if chosen else "white", "black")
+    write(44, 78, "z, one for all")
+    write(66, 78, "patches, and c''")
+    arrow(132, 140, 132, 196)
+    box(132, 222, "G", 72)
+    arrow(132, 248, 132, 296)
+    for n in range(N):
+        for m in range(M):
+            s_micro = s_macro[n * S : (n + 1) * S, m * S : (m + 1) * S]
+            at = 132 + (n + 0.5 - N / 2) * (unit + 8), 376 + (m + 0.5 - M / 2) * (unit + 8)
+            paste(*at, s_micro, (unit, unit))
+    write(44, 376, "micro patches s''")
+    arrow(132, 456, 132, 528, "merge")
+    paste(132, 602, s_macro, (unit * N, unit * M))
+    write(44, 602, "macro patch s'")
+    real = frame(real, (i * S, j * S), (N * S, M * S), RED)
+    paste(306, 376, real, (144, 144 * config.width // config.height))
+    write(220, 376, "real image x")
+    arrow(306, 456, 306, 528, "crop")
+    paste(306, 602, real[i * S : (i + N) * S, j * S : (j + M) * S], (unit * N, unit * M))
+    write(220, 602, "macro patch x'")
+    arrow(132, 676, 190, 728)
+    arrow(306, 676, 248, 728)
+    box(219, 756, "D", 110)
+    arrow(200, 782, 176, 832)
+    arrow(238, 782, 262, 832)
+    write(170, 838, "real?", "lm")
+    write(268, 838, "A: its c'", "lm")
+    return np.asarray(canvas)
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -378,7 +449,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, see `run_command`."""
     parser = core.Parser(prog="python -m experiments.figures", description=__doc__.splitlines()[0])
     commands, add = parser.add_subparsers(dest="command", required=True), {}
-    figures = {patches: [0], interpolate: [1, 2], coordinates: [1], mix: [1, 2], guided: []}  # and seeds
+    figures = {
+        method: [0],
+        patches: [0],
+        interpolate: [1, 2],
+        coordinates: [1],
+        mix: [1, 2],
+        guided: [],
+    }  # and seeds
     for figure, seeds in figures.items():
         command = commands.add_parser(figure.__name__, help=figure.__doc__.splitlines()[0])
         command.set_defaults(figure=figure)
