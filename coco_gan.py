@@ -1217,8 +1217,14 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     """Add the commands train and sample, with the flags that each system has; returns their parsers."""
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
+    train_parser.usage = f"{train_parser.prog} [options]"
     add = train_parser.add_argument
-    add("--preset", choices=PRESETS, help="default: by device and data")
+    add(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)} (default: by device and data)",
+    )
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")
@@ -1233,13 +1239,15 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
             add = train_parser.add_argument_group(groups[field.name]).add_argument
         allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
-            values = "|".join(allowed) if field.type == "str" and allowed else field.type
-            options = dict(type={"int": int, "float": float, "str": str}[field.type], metavar=values)
+            values = "|".join(allowed) if field.type == "str" and allowed else None
+            kind, letter = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}[field.type]
+            options = dict(type=kind, metavar=values or letter)
         default = "by preset" if field.name in by_preset else field.default
         text = f"{field.metadata['help']} (default: {default})"
         add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
 
     sample_parser = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False)
+    sample_parser.usage = f"{sample_parser.prog} [options]"
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="default: the newest")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="which images, or the first one")
