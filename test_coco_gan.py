@@ -2043,13 +2043,16 @@ def test_each_section_uses_only_what_stands_above_it():
 # ---- Documentation -----------------------------------------------------------------------------------------
 
 PAGES = ["README.md", "docs/training.md", "docs/panoramas.md", "docs/kernels.md", "experiments/README.md"]
+PAGES += ["related/README.md"]
 COMMAND = re.compile(
-    r"^(?:pip .+ && )?python (coco_gan\.py|-m experiments\.\w+)(.*?)(?: +#.*)?$", re.MULTILINE
+    r"^(?:pip .+ && )?python (coco_gan\.py|-m (?:experiments|related)\.\w+)(.*?)(?: +#.*)?$", re.MULTILINE
 )
 BUDGET = {  # what is added to a command, so that it takes a second
     "train": "--steps {} --batch-size 2 --width-g 2 --width-d 2 --device cpu",
     "resume": "--steps {} --device cpu",
     "sample": "--device cpu",
+    "related train": "--steps {} --batch-size 4 --width-g 2 --width-d 2 --device cpu",
+    "related sample": "--device cpu --count 2",
     "experiments.evaluate": "--count 16",
     "experiments.ablations": "--steps 1 --seeds 1 --count 32 --variants coco-gan",
     "experiments.extrapolate": "--steps 2",
@@ -2071,6 +2074,7 @@ def test_commands_of_all_pages(here):
             here / "matterport",
             {f"{k}_skybox{n}_sami.jpg": encode(pixels[:64, :64], "JPEG") for k in range(4)},
         )
+    fill(here, {"brick.jpg": encode(pixels, "JPEG"), "photo.jpg": encode(pixels, "JPEG")})
     found = [match for page in PAGES for match in COMMAND.findall((ROOT / page).read_text())]
     assert len(found) > 25
     for number, (script, words) in enumerate(found):
@@ -2079,6 +2083,7 @@ def test_commands_of_all_pages(here):
             continue
         module = coco_gan if name == "coco_gan.py" else importlib.import_module(name)
         kind = name if name in BUDGET else "resume" if "--resume" in words else words[0] if words else ""
+        kind = f"related {kind}" if name.startswith("related") else kind
         words += BUDGET.get(kind, "").format(2 + number).split()
         assert module.main(words) == 0, (script, words)
 
