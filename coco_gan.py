@@ -930,8 +930,8 @@ def resume(run: Path, given: dict, device: torch.device, load_images_of, System:
     if contents["images"] != (found := fingerprint_of(stored)):
         had, has = (fingerprint.split("x")[0] for fingerprint in (contents["images"], found))
         changed = f"had {had} images and has {has}" if had != has else "has other images"
-        hint = f"put them back, or start anew with its weights: train --from {run} --data {config.data}"
-        raise UserError(f"--data {config.data} {changed}; {hint}")
+        anew = f", or start anew with its weights: train --from {run} --data {config.data}"
+        raise UserError(f"--data {config.data} {changed}; put them back{anew * (System is COCOGAN)}")
     gan = System(config, device)
     with torch.no_grad():
         for name, t in named_tensors(gan).items():
