@@ -130,9 +130,7 @@ class Config:
     beta2: float = option(0.999, (0, 0.999999), "Adam's β2")
     batch_size: int = option(128, (2, 65536), "macro patches per step, of all processes together")
     steps: int = option(200_000, (1, 10**9), "training steps, each of D and of G")
-    ema: float = option(
-        0.999, (0, 0.999999), "decay of the exponential moving average of G's weights; 0: none"
-    )
+    ema: float = option(0.999, (0, 0.999999), "decay of the moving average of G's weights; 0: none")
     precision: str = option("auto", PRECISIONS, "of the layers of G and D")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
@@ -206,26 +204,24 @@ PRESETS = {
 def choose_device(name: str, impl: str = "auto") -> torch.device:
     """The device of --device, with the kernels of --impl. Raises: UserError for one that is not available."""
     kernels.DEFAULT = impl
-    if name == "auto":
+    torch.backends.cudnn.allow_tf32 = False  # its rounding depends on how many patches are made together
+    auto = name == "auto"
+    if auto:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            torch.ones(1, device=name).item()
-        except (
-            RuntimeError
-        ) as error:  # a GPU that is too old or too new for this PyTorch, or in use by another
-            print(f"{name} cannot be used ({str(error).splitlines()[0]}); the CPU does the work")
-            name = "cpu"
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.empty(0, device=name).device
+        one = torch.ones(1, device=name)
+        one.item()  # fails on a GPU that this PyTorch does not support
     except (RuntimeError, AssertionError) as error:
+        if auto:
+            print(f"{name} cannot be used ({str(error).splitlines()[0]}); the CPU does the work")
+            return torch.device("cpu")
         hint = "give auto, cpu, cuda, cuda:1 (the second GPU) or mps"
         raise UserError(f"--device {name} is not available; {hint}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False  # its rounding depends on how many patches are made together
-    return device
+    if one.is_cuda:
+        torch.cuda.set_device(one.device)
+    return one.device
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
@@ -789,7 +785,7 @@ def find_checkpoint(where: str | Path | None = None, panorama: bool = False, roo
 
     Args: panorama: whether only runs on a cylinder count. Raises: UserError.
     """
-    if where is not None and (ASSETS / f"{where}.pt").is_file():
+    if where is not None and not os.path.exists(where) and (ASSETS / f"{where}.pt").is_file():
         return ASSETS / f"{where}.pt"
     if where is None:
         runs = [run for run in Path(root).glob("*") if not panorama or is_panorama(run)]
@@ -1001,8 +997,12 @@ def show(gan: COCOGAN) -> np.ndarray:
 
 
 def save_progress(run: Path) -> None:
-    """progress.gif: the samples of a run, one after the other."""
-    frames, file = [Image.open(path) for path in sorted(run.glob("sample-*.png"))], io.BytesIO()
+    """progress.gif: at most 50 samples of a run, one after the other, with sides of 1,024 pixels at most."""
+    paths, frames, file = sorted(run.glob("sample-*.png")), [], io.BytesIO()
+    for path in paths[:: -(-len(paths) // 50)]:
+        with Image.open(path) as frame:
+            frame.thumbnail((1024, 1024))
+            frames.append(frame.copy())
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=300)
     write_file(run / "progress.gif", file.getvalue())
 
@@ -1038,9 +1038,8 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     parameters = sum(p.numel() for p in gan.parameters() if p.requires_grad)
     held_out = f", {config.holdout:,} held out" * (config.holdout > 0)
     print(f"{len(indices):,} images of {config.height} x {config.width}{held_out}, {parameters:,} parameters")
-    if len(indices) < 1000:
-        print("fewer than 1,000 images: faces will look like those; --mirror doubles them")
-    print(f"{config.steps - gan.step:,} steps to go, in {run}; the log has images per second; {gan.LEGEND}")
+    todo = f"{max(0, config.steps - gan.step):,} steps to go, in {run}"
+    print(f"{todo}; the log has images per second; {gan.LEGEND}", flush=True)
 
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
@@ -1129,6 +1128,8 @@ def train(args: argparse.Namespace) -> int:
             is_not = f"{name} or --topology {config.topology} is none"
             raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
         stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
+        if len(stored) - config.holdout < 1000:
+            print("fewer than 1,000 images: what is generated will look like those; --mirror doubles them")
         if weights:
             copy_weights(gan, weights)
         run = new_run(args.run, name)
@@ -1163,7 +1164,7 @@ def sample(args: argparse.Namespace) -> int:
     for name, some in files.items():
         images = to_uint8(full_image(G, latents(some, G.config.z_dim), *spans))
         make_folder(name.parent)
-        save_picture(grid(enlarge(images, args.zoom if out in files else 1)), name)
+        save_picture(grid(enlarge(images, args.zoom or (None if name == out else 1))), name)
     print(f"{out}: {len(seeds)} images, from {path}")
     return 0
 
@@ -1219,12 +1220,8 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
     train_parser.usage = f"{train_parser.prog} [options]"
     add = train_parser.add_argument
-    add(
-        "--preset",
-        choices=PRESETS,
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)} (default: by device and data)",
-    )
+    text = f"{', '.join(PRESETS)} (default: by device and data)"
+    add("--preset", choices=PRESETS, metavar="NAME", help=text)
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest)")
     add("--cache", default="cache", metavar="DIR", help="folder of the decoded images (default: cache)")

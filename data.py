@@ -125,11 +125,11 @@ def load_images(
     else:
         names, read, identity = list_images(source)
     cut = f"{height}x{width}-{crop}" + (f"-{seed}" if crop == "celeba-syn" else "")
-    key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {identity}")).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {cut} {identity}")).hexdigest()[:16]
     title = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
     place = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:4]
     path = Path(cache) / f"{title}-{cut}-{place}-{key}.npy"
-    for found in sorted(path.parent.glob(f"*-{cut}-*-{key}.npy")):  # wherever the source was then
+    for found in sorted(path.parent.glob(f"*-{key}.npy")):  # wherever the source was then
         with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: made anew
             return open_map(found)
     if source in TOYS:
@@ -221,7 +221,7 @@ def list_lmdb(source: str) -> tuple[list[str], Callable[[str], bytes], list[str]
     try:
         database = lmdb.open(source, readonly=True, lock=False, readahead=False)
         with database.begin() as transaction:
-            keys = {key.hex(): key for key in transaction.cursor().iternext(values=False)}
+            names = sorted(key.hex() for key in transaction.cursor().iternext(values=False))
     except lmdb.Error as error:
         raise UserError(
             f"--data {source} is an LMDB that cannot be read ({error}); download it again"
@@ -229,10 +229,10 @@ def list_lmdb(source: str) -> tuple[list[str], Callable[[str], bytes], list[str]
 
     def read(name: str) -> bytes:
         with database.begin() as transaction:
-            return transaction.get(keys[name])
+            return transaction.get(bytes.fromhex(name))
 
     found = os.stat(os.path.join(source, "data.mdb"))
-    return sorted(keys), read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
+    return names, read, [os.path.basename(source), found.st_size, found.st_mtime_ns]
 
 
 def report_others(source: str, count: int, others: list[str]) -> None:
@@ -247,7 +247,7 @@ def report_others(source: str, count: int, others: list[str]) -> None:
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     if endings:
         found = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(8))
-        print(f"{source}: files that are not read as images: {found}", file=sys.stderr)
+        print(f"{source}: {len(others):,} files that are not read as images: {found}", file=sys.stderr)
 
 
 def kind_of(path: str) -> str | None:
@@ -394,7 +394,8 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
     Args: crop: see `load_images`; dx, dy: how far to the right and down "celeba-syn" moves it, in pixels.
     Raises: ValueError where "celeba" or "celeba-syn" does not fit, and what Pillow raises.
     """
-    image = read_rgb(data, (2 * max(height, width),) * 2)  # enough for the best resampling
+    enough = (2 * max(height, width),) * 2  # for the best resampling
+    image = read_rgb(data, None if crop.startswith("celeba") else enough)
     w, h = image.size
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):

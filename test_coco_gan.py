@@ -854,6 +854,14 @@ def test_a_gpu_that_cannot_be_used_is_passed_over(monkeypatch, capsys):
     )
 
 
+def test_the_progress_of_a_long_run_has_50_small_frames_at_most(here):
+    for n in range(120):
+        Image.new("RGB", (1500, 30), (2 * n, 0, 0)).save(f"sample-{n:09d}.png")
+    coco_gan.save_progress(here)
+    with Image.open("progress.gif") as movie:
+        assert 30 < movie.n_frames <= 50 and movie.size == (1024, 20)
+
+
 def test_holdout_is_spread_evenly():
     kept, held_out = coco_gan.split(10, 4)
     assert held_out.tolist() == [0, 3, 6, 9] and kept.tolist() == [1, 2, 4, 5, 7, 8]
@@ -1329,6 +1337,9 @@ def test_large_photographs_are_read_reduced_and_larger_ones_refused(here, capsys
     message = capsys.readouterr().err
     assert "'b.png': image file is truncated" in message  # within the limit: it was tried
     assert "'c.png': has 16385 x 16384 pixels" in message
+    faces = encode(Image.new("RGB", (178 * 8, 218 * 8)), "JPEG")
+    with pytest.raises(ValueError, match="is 1424 x 1744, but --crop celeba needs"):
+        data.decode_image(faces, 64, 64, "celeba")  # not reduced to the size that it should have
     with Image.open(io.BytesIO(files["a.jpg"])) as image:
         assert data.read_rgb(files["a.jpg"], (64, 64)).size == (image.width // 8, image.height // 8)
 
@@ -1381,6 +1392,10 @@ def test_an_old_cache_of_a_source_is_replaced_and_one_that_was_moved_is_found(he
     load(fill(here / "b/photos", {"a.png": flat(2)}))
     load(fill(here / "a/photos", {"b.png": flat(3)}))
     assert len(list(Path("cache").glob("*.npy"))) == 2  # one for each folder
+    crops = dict(crop="celeba-syn", seed=1), dict(crop="celeba")
+    source = fill(here / "faces", {"a.png": encode(coordinates(218, 178))})
+    moved, cut = (load(source, 64, 64, **crop) for crop in crops)
+    assert not np.array_equal(moved, cut)  # each crop has its own cache
     Path("a").rename("moved")
     monkeypatch.setattr(data, "decode_all", None)
     assert load("moved/photos")[:, 0, 0, 0].tolist() == [1, 3]
@@ -1932,6 +1947,8 @@ def test_sample_draws_one_picture_per_seed_into_a_folder(copied):
     command = ["sample", "--checkpoint", "run", "--device", "cpu"]
     assert coco_gan.main([*command, "--seed", "3", "--count", "2", "--out", "a/b/"]) == 0
     assert sorted(os.listdir("a/b")) == [data.MARK, "seed-000003.png", "seed-000004.png"]
+    assert coco_gan.main([*command, "--count", "1", "--zoom", "2", "--out", "c/"]) == 0
+    assert picture("c/seed-000000.png").shape == (32, 48, 3)
     image = coco_gan.to_uint8(coco_gan.full_image(coco_gan.load("run"), coco_gan.latents([4], 8)))[0]
     assert np.array_equal(picture("a/b/seed-000004.png"), image)
 

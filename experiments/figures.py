@@ -89,16 +89,13 @@ def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
     return picture
 
 
-# ---- Between latents and between coordinates (section 3.2) -------------------------------------------------
-
-
 def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
     """The method in one drawing: a generated and a real macro patch (toy face) on their ways to D."""
     config, font = G.config, ImageFont.load_default(15)
     i, j = config.positions[0] // 2, config.positions[1] // 2
     N, M, S = config.N, config.M, config.S
     canvas = Image.new("RGB", (920, 400), "white")
-    pen, unit = ImageDraw.Draw(canvas), 128 // max(N, M) // S * S  # pixels of a micro patch in the drawing
+    pen, unit = ImageDraw.Draw(canvas), 128 // max(N, M)  # pixels of a micro patch in the drawing
 
     def write(y, x, text, anchor="mm"):
         pen.text((x, y), text, "black", font, anchor)
@@ -122,7 +119,7 @@ def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
 
     z = latents([args.seed[0]], config.z_dim)
     s_macro = to_uint8(full_image(G, z, range(i, i + N), range(j, j + M)))[0]
-    real = next(toy_faces(8, config.height, config.width))[7]
+    real = np.concatenate(list(toy_faces(8, config.height, config.width)))[7]
     cell = 96 // max(config.R, config.K)
     left, top = 30, 84
     for row in range(config.R):  # the grid of c''
@@ -145,7 +142,8 @@ def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
     paste(132, 602, s_macro, (unit * N, unit * M))
     write(44, 602, "macro patch s'")
     real = frame(real, (i * S, j * S), (N * S, M * S), RED)
-    paste(306, 376, real, (144, 144 * config.width // config.height))
+    longest = max(config.height, config.width)
+    paste(306, 376, real, (144 * config.height // longest, 144 * config.width // longest))
     write(220, 376, "real image x")
     arrow(306, 456, 306, 528, "crop")
     paste(306, 602, real[i * S : (i + N) * S, j * S : (j + M) * S], (unit * N, unit * M))
@@ -158,6 +156,9 @@ def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
     write(170, 838, "real?", "lm")
     write(268, 838, "A: its c'", "lm")
     return np.asarray(canvas)
+
+
+# ---- Between latents and between coordinates (section 3.2) -------------------------------------------------
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -449,14 +450,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, see `run_command`."""
     parser = core.Parser(prog="python -m experiments.figures", description=__doc__.splitlines()[0])
     commands, add = parser.add_subparsers(dest="command", required=True), {}
-    figures = {
-        method: [0],
-        patches: [0],
-        interpolate: [1, 2],
-        coordinates: [1],
-        mix: [1, 2],
-        guided: [],
-    }  # and seeds
+    figures = {method: [0], patches: [0], interpolate: [1, 2], coordinates: [1], mix: [1, 2]}  # and seeds
+    figures[guided] = []
     for figure, seeds in figures.items():
         command = commands.add_parser(figure.__name__, help=figure.__doc__.splitlines()[0])
         command.set_defaults(figure=figure)

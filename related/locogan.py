@@ -420,7 +420,7 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def numbers(form: str, text: str) -> list[int]:
-    """The numbers of a text of that form, in which words stand for them; heights and widths are above 0."""
+    """Parse a text of a form such as HEIGHTxWIDTH, with digits for its words; sizes are above 0."""
     pattern = re.sub("[A-Z]+", r"\\d{1,9}", re.sub("HEIGHT|WIDTH", r"[1-9]\\d{0,5}", form))
     if not re.fullmatch(pattern, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
