@@ -134,7 +134,7 @@ class Config:
     precision: str = option("auto", PRECISIONS, "of the layers of G and D")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
-    crop: str = option("center", CROPS, "how an image gets its size")
+    crop: str = option("auto", CROPS, "how an image gets its size")
     continuous: bool = option(False, None, "macro patches at any pixel (section 3.7)")
     mirror: bool = option(False, None, "mirror half of the real images")
     yaw: bool = option(False, None, "turn each real image by a random angle where its borders meet")

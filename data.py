@@ -39,7 +39,7 @@ FORMATS = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older ones ha
 # Folders of other programs, beside those whose names begin with a dot, and a mark in those of this one.
 SYSTEM = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 MARK = ".made-by-coco-gan"
-CROPS = ("center", "celeba", "squash", "celeba-syn")
+CROPS = ("auto", "center", "celeba", "squash", "celeba-syn")
 CACHE_VERSION = 3  # raise it when the same input gives other pixels than before
 MAX_PIXELS = 2**28  # 16,384 x 16,384
 MAX_FILE_BYTES = 6 * MAX_PIXELS  # three 16-bit values for each
@@ -99,7 +99,7 @@ def load_images(
     height: int,
     width: int,
     *,
-    crop: str = "center",
+    crop: str = "auto",
     cache: str | Path = "cache",
     seed: int = 0,
     toy_count: int = 4096,
@@ -111,7 +111,8 @@ def load_images(
         height, width: size of every image in pixels.
         crop: "center", the largest centred rectangle of the right shape; "celeba", the paper's rows 50 to 177
             and columns 25 to 152 of an aligned 178 x 218 image; "celeba-syn", the same, moved by
-            `displacement` for each image; "squash", the whole image, out of shape.
+            `displacement` for each image; "squash", the whole image, out of shape; "auto", "celeba" for
+            square images of a source where all are 178 x 218, and "center" for all others.
         cache: folder of the decoded file; seed: of the displacements; toy_count: how many toys to draw.
 
     Returns: np.memmap (n, height, width, 3), uint8, RGB, in the order of the sorted names.
@@ -119,7 +120,7 @@ def load_images(
     """
     source = os.path.expanduser(source)
     if source in TOYS:
-        if crop != "center":
+        if crop not in ("auto", "center"):
             raise UserError(f"--crop {crop} is for photographs; leave it out, for {source} needs no crop")
         names, identity = [], [source, toy_count]
     else:
@@ -135,6 +136,8 @@ def load_images(
     if source in TOYS:
         images = itertools.chain.from_iterable(TOYS[source](toy_count, height, width))
     elif names:
+        if crop == "auto" and not (height == width and are_celeba(names, read)):
+            crop = "center"
         images = decode_all(names, read, height, width, crop, seed)
     else:
         raise UserError(f"--data {source} holds no image; looked for .jpg, .png and what else Pillow reads")
@@ -351,6 +354,16 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def are_celeba(names, read) -> bool:
+    """Whether all images have the 178 x 218 pixels of the aligned CelebA; if so, says which crop they get."""
+    sizes = in_threads(lambda name: Image.open(io.BytesIO(read(name)), formats=FORMATS).size, names)
+    found = all(size == (178, 218) or isinstance(size, str) for size in sizes)  # until one differs
+    if found:
+        where = "rows 50 to 177, columns 25 to 152; --crop center cuts out the middle"
+        print(f"all images are 178 x 218, as the aligned CelebA, and get the paper's crop: {where}")
+    return found
+
+
 def decode_all(names, read, height: int, width: int, crop: str, seed: int) -> Iterator[np.ndarray]:
     """The images that can be decoded, in order. Others are counted and the first five named, on stderr."""
 
@@ -397,6 +410,8 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
     enough = (2 * max(height, width),) * 2  # for the best resampling
     image = read_rgb(data, None if crop.startswith("celeba") else enough)
     w, h = image.size
+    if crop == "auto":
+        crop = "celeba" if (w, h) == (178, 218) and height == width else "center"
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
             raise ValueError(f"is {w} x {h}, but --crop {crop} needs the aligned 178 x 218")

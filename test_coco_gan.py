@@ -130,7 +130,7 @@ def test_presets_are_valid(name):
         (dict(lr_g=float("nan")), "--lr-g nan is out of range"),
         (dict(S="16"), "--S is '16'; it must be of type int"),
         (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, tf32, bf16"),
-        (dict(crop="centre"), "--crop centre is unknown; give center"),
+        (dict(crop="centre"), "--crop centre is unknown; give auto, center"),
         (dict(topology="sphere"), "--topology sphere is unknown; give plane, cylinder, torus"),
         (dict(yaw=True), "--yaw turns images whose borders meet; add --topology cylinder or torus"),
     ],
@@ -1004,6 +1004,18 @@ def test_celeba_crop_takes_rows_50_to_177_and_columns_25_to_152():
     np.testing.assert_array_equal(moved, coordinates(218, 178)[75:203, 0:128])
     halved = data.decode_image(aligned, 64, 64, "celeba")[[0, 31, 63], [0, 31, 63]]
     np.testing.assert_allclose(halved, [[50, 25, 0], [112, 87, 0], [176, 151, 0]], atol=1)
+
+
+def test_auto_crops_as_the_paper_where_all_images_are_aligned_celeba(here, capsys):
+    faces, other = encode(coordinates(218, 178)), encode(coordinates(218, 180))
+    source = fill(here / "photos", {"a.png": faces, "b.png": faces, "c.png": b"damaged"})
+    cut = coordinates(218, 178)[50:178, 25:153]
+    np.testing.assert_array_equal(load(source, 128, 128), [cut, cut])
+    assert "get the paper's crop: rows 50 to 177, columns 25 to 152" in capsys.readouterr().out
+    assert load(source, 218, 178).shape == (2, 218, 178, 3)  # not of square images
+    fill(here / "photos", {"d.png": other})
+    np.testing.assert_array_equal(load(source, 128, 128)[0], data.decode_image(faces, 128, 128, "center"))
+    assert "crop" not in capsys.readouterr().out
 
 
 def test_squash_takes_all_of_the_image():

@@ -358,9 +358,7 @@ def read_photo(data: bytes, at: tuple[int, int], config: Config):
         raise ValueError(f"is {w} x {h}, smaller than a macro patch, {width} x {height}")
     if (h, w) == (height, width):
         return None, decode_image(data, height, width, "squash")
-    crop = config.crop.removesuffix("-syn")  # whose displacements are for the images of a training set
-    if crop == "celeba" and (w, h) != (178, 218):
-        crop = "center"
+    crop = "auto" if config.crop.startswith("celeba") else config.crop  # "celeba" where that fits
     photo = decode_image(data, config.height, config.width, crop)
     return photo, np.roll(photo, (-at[0], -at[1]), axis=(0, 1))[:height, :width]
 
