@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
 import functools
 import io
 import itertools
@@ -48,6 +49,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +67,11 @@ except ImportError:  # Windows
     fcntl = None
 
 if __package__:  # copied into a package
-    from . import kernels
+    from . import data, kernels
     from .data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from .kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
 else:
+    import data
     import kernels
     from data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
@@ -660,7 +663,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
 # ---- Sampling (section 2, "testing phase"; sections 3.3 and 3.4): full images exist only here --------------
 
 
-def latents(seeds, z_dim: int = 128) -> torch.Tensor:
+def latents(seeds: Iterable[int], z_dim: int = 128) -> torch.Tensor:
     """One latent vector per seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine.
 
     Raises: UserError for a single number.
@@ -683,7 +686,9 @@ def micro_patches(G: Generator, z: torch.Tensor, i: torch.Tensor, j: torch.Tenso
     return torch.cat([G(some.to(device), c.to(device)) for some, c in parts])
 
 
-def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None):
+def full_image(
+    G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None
+) -> torch.Tensor:
     """s = φ(G(z, C''_full)): full images, each from the R·K micro patches of its own latent vector.
 
     Args: z (B, z_dim) in [-1, 1], on any device; rows, columns: of the micro patches to make (default: 0 …
@@ -707,7 +712,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def pictures(G: Generator, seeds, **part: range) -> list[Image.Image]:
+def pictures(G: Generator, seeds: Iterable[int], **part: range) -> list[Image.Image]:
     """The full images of seeds as Pillow's. part: rows and columns of `full_image`."""
     images = full_image(G, latents(seeds, G.config.z_dim), **part)
     return [Image.fromarray(image) for image in to_uint8(images)]
@@ -853,18 +858,18 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
 # ---- The training loop -------------------------------------------------------------------------------------
 
 
-def default_preset(panorama: bool, device: torch.device, given: dict) -> str:
-    toys = given.get("data", Config.data).startswith("toy:")
-    on_gpu = "panorama" if panorama else "celeba64"
-    on_cpu = "panorama-tiny" if panorama else "tiny" if toys else "small"
-    preset = on_cpu if device.type == "cpu" else on_gpu
-    print(f"preset {preset}, the default for these images on {device}; --preset names another")
-    return preset
+def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
+    """--preset, or the default for these images on this device."""
+    toys = getattr(args, "data", Config.data).startswith("toy:")
+    on_gpu = "panorama" if args.panorama else "celeba64"
+    on_cpu = "panorama-tiny" if args.panorama else "tiny" if toys else "small"
+    return args.preset or (on_cpu if device.type == "cpu" else on_gpu)
 
 
 def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
+    return given | dict(zip(("height", "width"), args.image_size or ()))
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
@@ -982,7 +987,8 @@ def log(gan: nn.Module, losses: torch.Tensor, rate: float, run: Path, board) -> 
     line = re.sub(r"\b0\.", ".", line)
     if len(line) > 79:
         line = line.replace(f"/{config.steps:,}", "")
-    print("\r" * sys.stdout.isatty() + line, flush=True)
+    data.progress()
+    print(line, flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
@@ -1005,6 +1011,14 @@ def save_progress(run: Path) -> None:
             frames.append(frame.copy())
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=300)
     write_file(run / "progress.gif", file.getvalue())
+
+
+def save_indicators(run: Path) -> None:
+    """indicators.png, the log of a run as figure 29, where experiments/plot.py and matplotlib are there."""
+    with contextlib.suppress(ImportError, UserError):  # of a log that cannot be drawn
+        from experiments.plot import save_plot
+
+        save_plot([str(run)], run / "indicators.png")
 
 
 def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
@@ -1039,7 +1053,7 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     held_out = f", {config.holdout:,} held out" * (config.holdout > 0)
     print(f"{len(indices):,} images of {config.height} x {config.width}{held_out}, {parameters:,} parameters")
     todo = f"{max(0, config.steps - gan.step):,} steps to go, in {run}"
-    print(f"{todo}; the log has images per second; {gan.LEGEND}", flush=True)
+    print(f"{todo}; the log has images per second\n{gan.LEGEND}", flush=True)
 
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
@@ -1073,15 +1087,16 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
                     log(gan, seen, rate, run, board)
             if logging:
                 losses.clear()
-            elif sys.stdout.isatty() and time.monotonic() > progress_time + 0.2:
+            elif RANK == 0 and time.monotonic() > progress_time + 0.2:
                 progress_time = time.monotonic()
-                print(f"\rstep {gan.step:,}/{config.steps:,} ", end="", flush=True)
+                data.progress(f"step {gan.step:,}/{config.steps:,}")
     if stopped and gan.step < config.steps:
-        print(f"stopped and saved step {gan.step:,}; go on with: python {gan.COMMAND} train --resume {run}")
+        print(f"stopped and saved step {gan.step:,}\ngo on with: python {gan.COMMAND} train --resume {run}")
         return 128 + stopped
     if RANK == 0:
         save_progress(run)
-    print(f"done: {run}/latest.png; for more: python {gan.COMMAND} sample --checkpoint {run}")
+        save_indicators(run)
+    print(f"done: {run}/latest.png\nfor more: python {gan.COMMAND} sample --checkpoint {run}")
     return 0
 
 
@@ -1117,7 +1132,8 @@ def train(args: argparse.Namespace) -> int:
         raise UserError("--from starts a new run like the one it names; leave out --preset and --resume")
     if args.resume is None:
         if args.source is None:
-            name, weights = args.preset or default_preset(args.panorama, device, given), {}
+            name, weights = choose_preset(args, device), {}
+            print(f"preset {name}" + f", the default for these images on {device}" * (not args.preset))
             config = Config(**PRESETS[name] | given).check()
         else:
             path = find_checkpoint(args.source, args.panorama)
@@ -1128,8 +1144,10 @@ def train(args: argparse.Namespace) -> int:
             is_not = f"{name} or --topology {config.topology} is none"
             raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
         stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
+        if data.report_originals(stored) and config.topology == "plane":
+            print("most are at least twice as wide as high, like panoramas: add --panorama")
         if len(stored) - config.holdout < 1000:
-            print("fewer than 1,000 images: what is generated will look like those; --mirror doubles them")
+            print("fewer than 1,000 images: what is generated will look like them; try --mirror")
         if weights:
             copy_weights(gan, weights)
         run = new_run(args.run, name)
@@ -1161,8 +1179,10 @@ def sample(args: argparse.Namespace) -> int:
     files = {out: seeds}
     if out.is_dir() or str(args.out).endswith("/"):
         files = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
+    drawn = (to_uint8(full_image(G, z[None], *spans)) for z in latents(seeds, G.config.z_dim))
+    drawn = data.counted(drawn, len(seeds), "images")
     for name, some in files.items():
-        images = to_uint8(full_image(G, latents(some, G.config.z_dim), *spans))
+        images = np.concatenate([*itertools.islice(drawn, len(some))])
         make_folder(name.parent)
         save_picture(grid(enlarge(images, args.zoom or (None if name == out else 1))), name)
     print(f"{out}: {len(seeds)} images, from {path}")
@@ -1171,6 +1191,15 @@ def sample(args: argparse.Namespace) -> int:
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UserError: one line, as all others."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_help())
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace, unknown
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
@@ -1186,6 +1215,14 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width of a text HEIGHTxWIDTH, or one number for both."""
+    if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH in pixels, like 64x96, and no number")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def run_command(parser: Parser, act, argv: list[str] | None) -> int:
@@ -1214,12 +1251,24 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
 GROUPS = dict(height="model", lambda_gp="losses and optimisation", data="images")  # by their first fields
 
 
-def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) -> list[Parser]:
+def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Config, PRESETS=PRESETS):
     """Add the commands train and sample, with the flags that each system has; returns their parsers."""
+
+    def help_or_train(args: argparse.Namespace) -> int | None:
+        if not args.help:
+            return train(args)
+        name = choose_preset(args, choose_device(args.device, args.impl))
+        for field, value in (dataclasses.asdict(Config()) | PRESETS[name]).items():
+            by_field[field].help += f" (default: {value})"
+        train_parser.description = f"Train a model. The defaults below are those of the preset {name}."
+        return train_parser.print_help()
+
     commands = parser.add_subparsers(dest="command", required=True)
-    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
+    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False, add_help=False)
     train_parser.usage = f"{train_parser.prog} [options]"
-    add = train_parser.add_argument
+    train_parser.epilog = f"example: {train_parser.prog} --data ./photographs --steps 20000"
+    add, by_field = train_parser.add_argument, {}
+    add("-h", "--help", action="store_true", help="show this help, with the defaults for the flags given")
     text = f"{', '.join(PRESETS)} (default: by device and data)"
     add("--preset", choices=PRESETS, metavar="NAME", help=text)
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
@@ -1230,37 +1279,38 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     add("--save-every", type=positive, default=1000, metavar="N", help="between checkpoints (default: 1000)")
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
-    by_preset, groups = {name for preset in PRESETS.values() for name in preset}, dict(GROUPS)
+    add("--image-size", type=size, metavar="HEIGHTxWIDTH", help="as --height and --width, or one number")
     for field in dataclasses.fields(Config):
-        if field.name in groups:
-            add = train_parser.add_argument_group(groups[field.name]).add_argument
+        if field.name in GROUPS:
+            add = train_parser.add_argument_group(GROUPS[field.name]).add_argument
         allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
             values = "|".join(allowed) if field.type == "str" and allowed else None
             kind, letter = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}[field.type]
             options = dict(type=kind, metavar=values or letter)
-        default = "by preset" if field.name in by_preset else field.default
-        text = f"{field.metadata['help']} (default: {default})"
-        add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
+        options |= dict(dest=field.name, default=argparse.SUPPRESS, help=field.metadata["help"])
+        by_field[field.name] = add(flag(field.name), **options)
 
     sample_parser = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False)
     sample_parser.usage = f"{sample_parser.prog} [options]"
+    sample_parser.epilog = f"example: {sample_parser.prog} --seed 0 1 4 --out runs/three.png"
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="default: the newest")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="which images, or the first one")
-    add("--count", type=positive, metavar="N", help="images from one --seed on (default: 16; 1 panorama)")
+    add("--count", type=positive, metavar="N", help="images from one --seed on (default: 16)")
     add("--out", metavar="FILE|DIR/", help="a picture, or a folder for one per seed (default: in the run)")
-    for command, act in ((train_parser, train), (sample_parser, sample)):
+    for command, act in ((train_parser, help_or_train), (sample_parser, sample)):
         command.set_defaults(act=act)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+        command.add_argument("--gpu", dest="device", action="store_const", const="cuda", help="--device cuda")
         text = "auto: Triton's kernels on a GPU; torch: PyTorch alone"
         command.add_argument("--impl", default="auto", choices=("auto", "torch"), help=text)
     return [train_parser, sample_parser]
 
 
 def build_parser() -> Parser:
-    text = "COCO-GAN: train on images, and sample full images. To begin: coco_gan.py train"
-    parser = Parser(prog="coco_gan.py", description=text)
+    text = "COCO-GAN: train on images, and sample full images. To begin: python coco_gan.py train"
+    parser = Parser(prog="python coco_gan.py", description=text)
     parser.add_argument("--version", action="version", version=f"COCO-GAN {__version__}")
     train_parser, sample_parser = add_commands(parser, train, sample)
     add = train_parser.add_argument

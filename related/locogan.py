@@ -361,13 +361,18 @@ def show(gan: LocoGAN) -> np.ndarray:
     return coco_gan.grid(full_images(gan.G_ema, range(24), view(gan.config, periodic=gan.config.closed)))
 
 
+def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
+    """--preset, or the default for these images."""
+    data, presets = getattr(args, "data", Config.data), {"toy:faces": "toy", "toy:landscapes": "panorama"}
+    return args.preset or presets.get(data, "texture" if Config(data=data).texture else "faces64")
+
+
 def train(args: argparse.Namespace) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     device, given = coco_gan.start(args), coco_gan.given_fields(args, Config)
     load_images_of = functools.partial(load_stored, cache=args.cache)
     if args.resume is None:
-        data, presets = given.get("data", Config.data), {"toy:faces": "toy", "toy:landscapes": "panorama"}
-        preset = args.preset or presets.get(data, "texture" if Config(data=data).texture else "faces64")
+        preset = choose_preset(args, device)
         config = Config(**PRESETS[preset] | given).check()
         stored, gan = load_images_of(config), LocoGAN(config, device)
         run = coco_gan.new_run(args.run, f"locogan/{preset}")
@@ -430,7 +435,7 @@ def numbers(form: str, text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, see coco_gan.run_command."""
     parser = coco_gan.Parser(prog="python -m related.locogan", description=__doc__.split("\n")[0])
-    add = coco_gan.add_commands(parser, train, sample, Config, PRESETS)[1].add_argument
+    add = coco_gan.add_commands(parser, train, sample, choose_preset, Config, PRESETS)[1].add_argument
     for name, form, text in (
         ("--size", "HEIGHTxWIDTH", "any size in pixels, to which the image is stretched (default: its own)"),
         ("--mix", "A,B", "image A, A with the right half of B, A with the lower half of B, and B"),

@@ -395,6 +395,12 @@ def load(path: Path, device: str | torch.device = "cpu") -> Generator:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
+def choose_preset(args, device: torch.device) -> str:
+    """--preset, or the default for these images on this device."""
+    toys = getattr(args, "data", Config.data).startswith("toy:")
+    return args.preset or ("spatial256" if device.type == "cuda" else "toy" if toys else "faces")
+
+
 def train(args) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     if args.graph or coco_gan.WORLD > 1:
@@ -407,8 +413,7 @@ def train(args) -> int:
         with coco_gan.lock_run(run):
             resumed = coco_gan.resume(run, given, device, load_images_of, SpatialGAN)
             return coco_gan.train_loop(*resumed, run, args, *functions)
-    toys = given.get("data", Config.data).startswith("toy:")
-    preset = args.preset or ("spatial256" if device.type == "cuda" else "toy" if toys else "faces")
+    preset = choose_preset(args, device)
     config = Config(**PRESETS[preset] | given).check()
     stored, run = load_images_of(config), coco_gan.new_run(args.run, f"spatialgan/{preset}")
     with coco_gan.lock_run(run):
@@ -437,7 +442,7 @@ def sample(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, see `coco_gan.run_command`."""
     parser = coco_gan.Parser(prog="python -m related.spatialgan", description=__doc__.splitlines()[0])
-    _, sample_parser = coco_gan.add_commands(parser, train, sample, Config, PRESETS)
+    _, sample_parser = coco_gan.add_commands(parser, train, sample, choose_preset, Config, PRESETS)
     add = sample_parser.add_mutually_exclusive_group().add_argument
     add("--growth", action="store_true", help="each image from its centre to the whole")
     add("--variants", type=coco_gan.positive, metavar="N", help="N frames around the centre of each image")
