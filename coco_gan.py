@@ -1302,7 +1302,8 @@ def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Conf
     for command, act in ((train_parser, help_or_train), (sample_parser, sample)):
         command.set_defaults(act=act)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        command.add_argument("--gpu", dest="device", action="store_const", const="cuda", help="--device cuda")
+        gpu = dict(dest="device", action="store_const", const="cuda", help="as --device cuda")
+        command.add_argument("--gpu", **gpu)
         text = "auto: Triton's kernels on a GPU; torch: PyTorch alone"
         command.add_argument("--impl", default="auto", choices=("auto", "torch"), help=text)
     return [train_parser, sample_parser]
