@@ -1217,7 +1217,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """Height and width of a text HEIGHTxWIDTH, or one number for both."""
     if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH in pixels, like 64x96, and no number")
@@ -1279,7 +1279,9 @@ def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Conf
     add("--save-every", type=positive, default=1000, metavar="N", help="between checkpoints (default: 1000)")
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
-    add("--image-size", type=size, metavar="HEIGHTxWIDTH", help="as --height and --width, or one number")
+    add(
+        "--image-size", type=image_size, metavar="HEIGHTxWIDTH", help="as --height and --width, or one number"
+    )
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             add = train_parser.add_argument_group(GROUPS[field.name]).add_argument

@@ -203,7 +203,7 @@ def report_originals(images: np.ndarray) -> bool:
     heights, widths, kept, counts = zip(*originals)
     sides = (f"{min(s):,}" if min(s) == max(s) else f"{min(s):,}-{max(s):,}" for s in (heights, widths))
     share = sum(k * n for k, n in zip(kept, counts)) / sum(counts)
-    print(f"photographs of {' x '.join(sides)} pixels; {100 * share:.0f} % of them is in the crop")
+    print(f"photographs of {' x '.join(sides)} pixels; the crop keeps {100 * share:.0f} %")
     return sum(n for h, w, _, n in originals if w >= 2 * h) > sum(counts) / 2
 
 

@@ -90,7 +90,8 @@ def draw(logs: dict[str, list[dict]]):
         ax.set_xlabel("step", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(color="0.9", linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    if len(logs) > 1:
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
