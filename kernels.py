@@ -109,7 +109,8 @@ class ConditionalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, x, condition, relu=False):  # (B, C, h, w), (B, condition) -> (B, C, h, w)
-        gamma, beta = F.linear(condition, self.weight, self.bias).chunk(2, dim=1)  # (B, C) each
+        affine = F.linear(condition, self.weight, self.bias).to(x.dtype)
+        gamma, beta = affine.chunk(2, dim=1)  # (B, C) each
         norm = self.norm
         if self.training:
             norm.num_batches_tracked.add_(1)
