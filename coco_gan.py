@@ -125,6 +125,9 @@ class Config:
     alpha_s: float = option(100.0, (0, 1e6), "weight α of the spatial consistency loss L_S")
     guided: bool = option(False, None, "train the head Q too, to generate from a patch of a photograph")
     alpha_q: float = option(100.0, (0, 1e6), "weight of the content consistency loss L_Q, with --guided")
+    weights: str = option(
+        "plain", ("plain", "scaled"), "of the losses: as given, or as the authors' code scales them"
+    )
     lr_g: float = option(1e-4, (0, 1), "learning rate of G and Q")
     lr_d: float = option(4e-4, (0, 1), "learning rate of D and A")
     beta1: float = option(0.0, (0, 0.9999), "Adam's β1")
@@ -164,6 +167,20 @@ class Config:
     def c_dim(self) -> int:
         return 2 + sum(self.closed)  # an angle takes two values, cos θ and sin θ
 
+    @property
+    def loss_weights(self) -> tuple[float, float, float]:
+        """λ, α and the weight of L_Q as they multiply the losses.
+
+        The paper's results are its authors' code's, whose penalty asks for a slope of 1 in each column and
+        channel by itself. ‖∇D‖ of such a D is k = √(columns · channels). Divided by k it has a slope of 1, as
+        in equation 3, with λ and α divided by k, too. L_S there is the mean over the values of c', not their
+        sum. "scaled" are these weights (docs/paper.md).
+        """
+        if self.weights == "plain":
+            return self.lambda_gp, self.alpha_s, self.alpha_q
+        k = math.sqrt(3 * self.M * self.S)
+        return self.lambda_gp / k, self.alpha_s / (k * self.c_dim), self.alpha_q / k
+
     def check(self) -> Config:
         """Return the configuration if it makes a model. Raises: UserError, which names the flag, if not."""
         check_fields(self)
@@ -179,23 +196,25 @@ class Config:
 
 
 # The presets for CPUs are ours. The others have sizes and batches of the paper or its authors' code; steps
-# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E).
+# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E). Panoramas
+# are turned, as in that code: the photographs are not aligned.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
+SCALED = dict(weights="scaled")
 PANORAMA = dict(topology="cylinder", data="toy:landscapes")
 PRESETS = {
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=7_500, **CPU),
     "panorama-tiny": dict(height=32, width=96, steps=8_000, **PANORAMA, **CPU),
-    "celeba64": dict(batch_size=64, steps=350_000),
-    "celeba128": dict(height=128, width=128, S=32, steps=180_000),
-    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000),
-    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000),
-    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000),
-    "lsun64": dict(steps=1_000_000),
-    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
-    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
-    "panorama": dict(height=256, width=768, S=64, **PANORAMA),
+    "celeba64": dict(batch_size=64, steps=350_000, **SCALED),
+    "celeba128": dict(height=128, width=128, S=32, steps=180_000, **SCALED),
+    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000, **SCALED),
+    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000, **SCALED),
+    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000, **SCALED),
+    "lsun64": dict(steps=1_000_000, **SCALED),
+    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000, **SCALED),
+    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000, **SCALED),
+    "panorama": dict(height=256, width=768, S=64, yaw=True, **SCALED, **PANORAMA),
 }
 
 
@@ -358,16 +377,15 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, v, *weights):
         Wv = [W.flatten(1) @ v_ for W, v_ in zip(weights, v)]
         sigma = torch._foreach_norm(Wv)
-        W_sn = torch._foreach_div(weights, sigma)
-        ctx.save_for_backward(*v, *torch._foreach_div(Wv, sigma), *sigma, *W_sn)
-        return tuple(W_sn)
+        ctx.save_for_backward(*weights, *v, *torch._foreach_div(Wv, sigma), *sigma)
+        return tuple(torch._foreach_div(weights, sigma))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W_sn⟩ u vᵀ) / σ
+    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W/σ⟩ u vᵀ) / σ
         n, saved = len(dW_sn), ctx.saved_tensors
-        v, u, sigma, W_sn = (saved[k * n : (k + 1) * n] for k in range(4))
-        along = [product.sum() for product in torch._foreach_mul(dW_sn, W_sn)]
+        weights, v, u, sigma = (saved[k * n : (k + 1) * n] for k in range(4))
+        along = torch._foreach_div([product.sum() for product in torch._foreach_mul(dW_sn, weights)], sigma)
         uv = [torch.outer(u_, v_).view_as(d) for u_, v_, d in zip(torch._foreach_mul(u, along), v, dW_sn)]
         return None, *torch._foreach_div(torch._foreach_sub(dW_sn, uv), sigma)
 
@@ -674,6 +692,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
     Returns: the LOSSES, (5,) or with --guided (6,), which on a GPU nobody has waited for.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
+    lambda_gp, alpha_s, alpha_q = config.loss_weights
 
     # s' = φ(G(z, C'')), all patches of a sample from one z. D learns from it detached, G through it.
     G_sn = spectral_norm(G, iterate=True)
@@ -693,9 +712,9 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
         lambda x: functional_call(D, D_sn, (x, c_macro))[0], x_macro, s_detached, epsilon
     )
     L_S_real = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
-    loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S_real
+    loss = -L_W + lambda_gp * L_GP + alpha_s * L_S_real
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
     # EMA of the weights and running statistics that made s'. It comes before G's update, which changes what
@@ -712,11 +731,11 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
     D_sn = cast(gan, D_sn)
     score, h = functional_call(D, D_sn, (s_macro, c_macro))
     L_S_generated = spatial_consistency(c_macro, functional_call(A, A_sn, (h,)))
-    loss = -score.mean() + config.alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
+    loss = -score.mean() + alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
     losses = [L_W, L_GP, norm, L_S_real, L_S_generated]
     if config.guided:
         losses.append(content_consistency(z, functional_call(Q, Q_sn, (h,))))
-        loss = loss + config.alpha_q * losses[-1]
+        loss = loss + alpha_q * losses[-1]
     update(gan.opt_G, loss)
     return torch.stack([term.detach() for term in losses])
 

@@ -120,6 +120,14 @@ def test_presets_are_valid(name):
     Config(**coco_gan.PRESETS[name]).check()
 
 
+def test_weights_are_the_papers_or_those_of_its_authors_code():
+    assert Config().loss_weights == (10, 100, 100)
+    assert Config(**coco_gan.PRESETS["tiny"]).loss_weights == (1, 1, 10)
+    for preset, k, values in (("celeba64", 9.798, 2), ("celeba128-n16", 13.856, 2), ("panorama", 19.596, 3)):
+        found = Config(**coco_gan.PRESETS[preset]).loss_weights
+        assert found == pytest.approx((10 / k, 100 / k / values, 100 / k), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -411,7 +419,8 @@ def test_each_update_changes_its_own_parameters(guided, monkeypatch):
 @pytest.mark.parametrize("guided", [False, True])
 def test_gradients_are_those_of_the_objectives(guided, monkeypatch):
     """D and A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s'); with Q all descend L_Q(s'), too."""
-    config = dataclasses.replace(UNEVEN, precision="fp32", lambda_gp=3.0, alpha_s=7.0, alpha_q=30.0)
+    config = dataclasses.replace(UNEVEN, precision="fp32", weights="scaled")  # with k = √(12 · 3) = 6
+    config = dataclasses.replace(config, lambda_gp=18.0, alpha_s=84.0, alpha_q=180.0)  # 3, 7 and 30
     gan = COCOGAN(dataclasses.replace(config, guided=guided, lr_g=0.01, lr_d=0.02), CPU)
     batch = x, c, c_micro, z, epsilon = draw(config, random_images(config))
     assert len({*map(tuple, c.tolist())}) > 1

@@ -44,6 +44,7 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
     Args: margin: of `choose_margin`; the rest: a batch of `draw_batch`. x' stays within the borders.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
+    lambda_gp, alpha_s, alpha_q = config.loss_weights
     i, j = (pixels / config.S for pixels in core.sample_positions(config, gan.rng, margin))
     c_generated = core.macro_coordinates(config, i, j).to(gan.device)  # (B, c_dim), c' of s'
     c_micro = core.micro_matrix(config, i, j).to(gan.device)  # (B·N·M, c_dim)
@@ -63,9 +64,9 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
         lambda x: functional_call(D, D_sn, (x, c_hat))[0], x_macro, s_detached, epsilon
     )
     L_S = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
-    loss = -core.wasserstein(score[:B], score[B:]) + config.lambda_gp * L_GP + config.alpha_s * L_S
+    loss = -core.wasserstein(score[:B], score[B:]) + lambda_gp * L_GP + alpha_s * L_S
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(opt_D, loss)
 
     # G, by way of the updated D. L_S is 0 for coordinates outside [-1, 1], which A's tanh cannot reach.
@@ -74,9 +75,9 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
     score, h = functional_call(D, core.cast(gan, D_sn), (s_macro, c_generated))
     inside = (c_generated.abs() <= 1 + 1e-4).all(dim=1, keepdim=True)  # (B, 1)
     L_S = spatial_consistency(c_generated * inside, functional_call(A, A_sn, (h,)) * inside)
-    loss = -score.mean() + config.alpha_s * L_S
+    loss = -score.mean() + alpha_s * L_S
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h,)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h,)))
     update(opt_G, loss)
 
 
