@@ -59,6 +59,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 try:
@@ -127,6 +128,9 @@ class Config:
     alpha_s: float = option(100.0, (0, 1e6), "weight α of the spatial consistency loss L_S")
     guided: bool = option(False, None, "train the head Q too, to generate from a patch of a photograph")
     alpha_q: float = option(100.0, (0, 1e6), "weight of the content consistency loss L_Q, with --guided")
+    weights: str = option(
+        "plain", ("plain", "scaled"), "of the losses: as given, or as the authors' code scales them"
+    )
     lr_g: float = option(1e-4, (0, 1), "learning rate of G and Q")
     lr_d: float = option(4e-4, (0, 1), "learning rate of D and A")
     beta1: float = option(0.0, (0, 0.9999), "Adam's β1")
@@ -166,6 +170,20 @@ class Config:
     def c_dim(self) -> int:
         return 2 + sum(self.closed)  # an angle takes two values, cos θ and sin θ
 
+    @property
+    def loss_weights(self) -> tuple[float, float, float]:
+        """λ, α and the weight of L_Q as they multiply the losses.
+
+        The paper's results are its authors' code's, whose penalty asks for a slope of 1 in each column and
+        channel by itself. ‖∇D‖ of such a D is k = √(columns · channels). Divided by k it has a slope of 1, as
+        in equation 3, with λ and α divided by k, too. L_S there is the mean over the values of c', not their
+        sum. "scaled" are these weights (docs/paper.md).
+        """
+        if self.weights == "plain":
+            return self.lambda_gp, self.alpha_s, self.alpha_q
+        k = math.sqrt(3 * self.M * self.S)
+        return self.lambda_gp / k, self.alpha_s / (k * self.c_dim), self.alpha_q / k
+
     def check(self) -> Config:
         """Return the configuration if it makes a model. Raises: UserError, which names the flag, if not."""
         check_fields(self)
@@ -181,23 +199,25 @@ class Config:
 
 
 # The presets for CPUs are ours. The others have sizes and batches of the paper or its authors' code; steps
-# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E).
+# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E). Panoramas
+# are turned, as in that code: the photographs are not aligned.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
+SCALED = dict(weights="scaled")
 PANORAMA = dict(topology="cylinder", data="toy:landscapes")
 PRESETS = {
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=7_500, **CPU),
     "panorama-tiny": dict(height=32, width=96, steps=8_000, **PANORAMA, **CPU),
-    "celeba64": dict(batch_size=64, steps=350_000),
-    "celeba128": dict(height=128, width=128, S=32, steps=180_000),
-    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000),
-    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000),
-    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000),
-    "lsun64": dict(steps=1_000_000),
-    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
-    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
-    "panorama": dict(height=256, width=768, S=64, **PANORAMA),
+    "celeba64": dict(batch_size=64, steps=350_000, **SCALED),
+    "celeba128": dict(height=128, width=128, S=32, steps=180_000, **SCALED),
+    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000, **SCALED),
+    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000, **SCALED),
+    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000, **SCALED),
+    "lsun64": dict(steps=1_000_000, **SCALED),
+    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000, **SCALED),
+    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000, **SCALED),
+    "panorama": dict(height=256, width=768, S=64, yaw=True, **SCALED, **PANORAMA),
 }
 
 
@@ -211,6 +231,8 @@ def choose_device(name: str, impl: str = "auto") -> torch.device:
     auto = name == "auto"
     if auto:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda:  # a PyTorch that was made for GPUs
+            print("PyTorch finds no GPU that it can use; the CPU does the work")
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -237,11 +259,31 @@ def choose_precision(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16 and has_bf16() else "fp32"
 
 
-def apply_network(gan: nn.Module, net: nn.Module, parameters: dict, *inputs, **options):
-    """net(*inputs) with the parameters given; its layers in bfloat16 if that is the precision of gan."""
-    bf16 = choose_precision(gan.config, gan.device) == "bf16"
-    with torch.autocast(gan.device.type, torch.bfloat16, enabled=bf16):
-        return functional_call(net, parameters, inputs, options)
+class _Cast(torch.autograd.Function):
+    """Tensors in another type, by one kernel instead of one for each."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        results = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(results, tensors)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *_Cast.apply(torch.float32, *gradients)
+
+
+def cast(gan: nn.Module, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters, those of convolutions in bfloat16 if that is the precision of gan.
+
+    A network computes with what functional_call(net, parameters, inputs) gives it: its convolutions in their
+    type, and its linear layers, which read latents and coordinates, in float32.
+    """
+    if choose_precision(gan.config, gan.device) != "bf16":
+        return parameters
+    layers = {name.rpartition(".")[0] for name, p in parameters.items() if p.dim() == 4}
+    given = {name: p for name, p in parameters.items() if name.rpartition(".")[0] in layers}
+    return parameters | dict(zip(given, _Cast.apply(torch.bfloat16, *given.values())))
 
 
 def make_adam(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Adam:
@@ -328,6 +370,29 @@ def init_weights(net: nn.Module) -> None:
     net.to(memory_format=LAYOUT)
 
 
+class _Normalize(torch.autograd.Function):
+    """Each W/σ, σ = ‖W v‖, of all layers at once. For v constant, ∂σ/∂W = u vᵀ with u = W v / σ.
+
+    Autograd's formulas start three times as many kernels, most of them for a few numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, v, *weights):
+        Wv = [W.flatten(1) @ v_ for W, v_ in zip(weights, v)]
+        sigma = torch._foreach_norm(Wv)
+        ctx.save_for_backward(*weights, *v, *torch._foreach_div(Wv, sigma), *sigma)
+        return tuple(torch._foreach_div(weights, sigma))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W/σ⟩ u vᵀ) / σ
+        n, saved = len(dW_sn), ctx.saved_tensors
+        weights, v, u, sigma = (saved[k * n : (k + 1) * n] for k in range(4))
+        along = torch._foreach_div([product.sum() for product in torch._foreach_mul(dW_sn, weights)], sigma)
+        uv = [torch.outer(u_, v_).view_as(d) for u_, v_, d in zip(torch._foreach_mul(u, along), v, dW_sn)]
+        return None, *torch._foreach_div(torch._foreach_sub(dW_sn, uv), sigma)
+
+
 def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
     """The parameters of net, with each weight W of a convolution or linear layer divided by σ(W).
 
@@ -344,8 +409,7 @@ def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
             u = [W_ @ v_ for W_, v_ in zip(W, v)]
             new = [W_.T @ u_ for W_, u_ in zip(W, u)]
             torch._foreach_copy_(v, torch._foreach_div(new, torch._foreach_norm(new)))
-    sigma = torch._foreach_norm([W_ @ v_ for W_, v_ in zip(W, v)])
-    return dict(net.named_parameters()) | dict(zip(layers, torch._foreach_div(weights, sigma)))
+    return dict(net.named_parameters()) | dict(zip(layers, _Normalize.apply(v, *weights)))
 
 
 @torch.no_grad()
@@ -403,7 +467,8 @@ class Generator(nn.Module):
 
     def forward(self, z, c_micro, tanh=True):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]
         condition = torch.cat([z, c_micro], dim=1)
-        x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=LAYOUT)
+        x = self.linear(condition).view(-1, *self.start)
+        x = x.to(self.conv.weight.dtype, memory_format=LAYOUT)
         for block in self.blocks:
             x = block(x, condition)
         x = self.conv(F.relu(self.norm(x)))
@@ -450,6 +515,7 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, c_dim) -> (B,), (B, 8 · width_d)
+        x = x.to(self.blocks[0].conv1.weight.dtype)
         for block in self.blocks:
             x = block(x)
         # Deviation: the paper says "global pooling"; this is the sum, as in the projection discriminator. The
@@ -538,6 +604,16 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def cut_bytes(images, index, top, left, height, width) -> torch.Tensor:
+    """Patches of images (n, H, W, 3), as `crop_patches` cuts them, but uint8: (B, height, width, 3)."""
+    H, W, patches = *images.shape[1:3], torch.empty(len(index), height, width, 3, dtype=torch.uint8)
+    for patch, i, y, x in zip(patches, index.tolist(), (top % H).tolist(), (left % W).tolist()):
+        h, w = min(height, H - y), min(width, W - x)  # what is left of the border; the rest is beyond it
+        for part, rows in ((patch[:h], images[i, y : y + h]), (patch[h:], images[i, : height - h])):
+            part[:, :w], part[:, w:] = rows[:, x : x + w], rows[:, : width - w]
+    return patches
+
+
 def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tensor]:
     """Draw images, positions and latents, uniformly. On the CPU: a seed means the same batches on any device.
 
@@ -562,6 +638,9 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     index, top, left, mirror, i, j, z, epsilon = (
         t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)
     )
+    if images.device != device:  # too many for the GPU: a quarter of the bytes, and of the work for the CPU
+        images = to_device(cut_bytes(images, index, top, left, h, w), device)
+        index, top, left = torch.arange(len(index)), 0 * top, 0 * left
     crop = (to_device(t, images.device) for t in (index, top, left))
     x_macro = crop_patches(images, *crop, h, w, mirror=to_device(mirror, images.device))
     x_macro = x_macro.contiguous(memory_format=LAYOUT)
@@ -616,46 +695,50 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
     Returns: the LOSSES, (5,) or with --guided (6,), which on a GPU nobody has waited for.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
+    lambda_gp, alpha_s, alpha_q = config.loss_weights
 
     # s' = φ(G(z, C'')), all patches of a sample from one z. D learns from it detached, G through it.
     G_sn = spectral_norm(G, iterate=True)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = apply_network(gan, G, G_sn, z_micro, C_micro, tanh=False)
+    s_micro = functional_call(G, cast(gan, G_sn), (z_micro, C_micro), dict(tanh=False))
     s_macro = merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=LAYOUT)  # (B, 3, N·S, M·S)
 
-    # D and A: minimise -L_W + λ L_GP + α L_S(x'). The heads A and Q are float32, outside of apply_network.
+    # D and A: minimise -L_W + λ L_GP + α L_S(x')
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
+    D_sn = cast(gan, D_sn)
     s_detached = s_macro.detach()
-    score, h = apply_network(gan, D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro]))
+    both = torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro])
+    score, h = functional_call(D, D_sn, both)
     L_W = wasserstein(score[:B], score[B:])
     L_GP, norm = gradient_penalty(
-        lambda x: apply_network(gan, D, D_sn, x, c_macro)[0], x_macro, s_detached, epsilon
+        lambda x: functional_call(D, D_sn, (x, c_macro))[0], x_macro, s_detached, epsilon
     )
     L_S_real = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
-    loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S_real
+    loss = -L_W + lambda_gp * L_GP + alpha_s * L_S_real
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
     # EMA of the weights and running statistics that made s'. It comes before G's update, which changes what
     # G_sn shares with G: all but the normalized weights. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
-        for name, average in gan.G_ema.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(now[name], weight)
+        names, averages = zip(*((n, t) for n, t in gan.G_ema.state_dict().items() if t.is_floating_point()))
+        way = torch._foreach_sub([now[name] for name in names], averages)
+        torch._foreach_add_(averages, torch._foreach_mul(way, weight))
 
     # G: minimise L_W + α L_S(s') by way of the updated D, whose parameters are detached: they get no gradient
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
     D_sn, A_sn, Q_sn = ({name: p.detach() for name, p in parameters.items()} for parameters in nets)
-    score, h = apply_network(gan, D, D_sn, s_macro, c_macro)
+    D_sn = cast(gan, D_sn)
+    score, h = functional_call(D, D_sn, (s_macro, c_macro))
     L_S_generated = spatial_consistency(c_macro, functional_call(A, A_sn, (h,)))
-    loss = -score.mean() + config.alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
+    loss = -score.mean() + alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
     losses = [L_W, L_GP, norm, L_S_real, L_S_generated]
     if config.guided:
         losses.append(content_consistency(z, functional_call(Q, Q_sn, (h,))))
-        loss = loss + config.alpha_q * losses[-1]
+        loss = loss + alpha_q * losses[-1]
     update(gan.opt_G, loss)
     return torch.stack([term.detach() for term in losses])
 

@@ -110,7 +110,8 @@ class ConditionalBatchNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, relu: bool = False) -> torch.Tensor:
         """(B, C, h, w), (B, condition) -> (B, C, h, w)."""
-        gamma, beta = F.linear(condition, self.weight, self.bias).chunk(2, dim=1)  # (B, C) each
+        affine = F.linear(condition, self.weight, self.bias).to(x.dtype)
+        gamma, beta = affine.chunk(2, dim=1)  # (B, C) each
         norm = self.norm
         if self.training:
             norm.num_batches_tracked.add_(1)

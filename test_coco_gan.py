@@ -122,6 +122,14 @@ def test_presets_are_valid(name):
     Config(**coco_gan.PRESETS[name]).check()
 
 
+def test_weights_are_the_papers_or_those_of_its_authors_code():
+    assert Config().loss_weights == (10, 100, 100)
+    assert Config(**coco_gan.PRESETS["tiny"]).loss_weights == (1, 1, 10)
+    for preset, k, values in (("celeba64", 9.798, 2), ("celeba128-n16", 13.856, 2), ("panorama", 19.596, 3)):
+        found = Config(**coco_gan.PRESETS[preset]).loss_weights
+        assert found == pytest.approx((10 / k, 100 / k / values, 100 / k), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -346,6 +354,16 @@ def test_batches_are_real_crops_at_their_coordinates(mirror):
     torch.testing.assert_close(c_micro.view(200, 6, 2)[:, 0, 0], (c_macro[:, 0] - 0.5) / 1.5)
 
 
+def test_images_too_many_for_a_gpu_are_cut_on_the_cpu():
+    """The patches that are copied, as bytes, make the batch that the images on the GPU would make."""
+    images = torch.randint(256, (5, 16, 24, 3), dtype=torch.uint8)
+    index, top, left = torch.tensor([[4, 0, 1, 1], [0, 13, -3, 4], [12, -5, 20, 31]])
+    patches, zeros = coco_gan.cut_bytes(images, index, top, left, 8, 12), torch.zeros(4, dtype=torch.int64)
+    assert patches.dtype == torch.uint8
+    x = kernels.crop_patches(patches, torch.arange(4), zeros, zeros, 8, 12, mirror=index > 0)
+    assert torch.equal(x, kernels.crop_patches(images, index, top, left, 8, 12, mirror=index > 0))
+
+
 @pytest.mark.parametrize("yaw", [False, True])
 @pytest.mark.parametrize("config", [CYLINDER, TORUS])
 def test_batches_wrap_around_and_are_turned(config, yaw):
@@ -403,7 +421,8 @@ def test_each_update_changes_its_own_parameters(guided, monkeypatch):
 @pytest.mark.parametrize("guided", [False, True])
 def test_gradients_are_those_of_the_objectives(guided, monkeypatch):
     """D and A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s'); with Q all descend L_Q(s'), too."""
-    config = dataclasses.replace(UNEVEN, precision="fp32", lambda_gp=3.0, alpha_s=7.0, alpha_q=30.0)
+    config = dataclasses.replace(UNEVEN, precision="fp32", weights="scaled")  # with k = √(12 · 3) = 6
+    config = dataclasses.replace(config, lambda_gp=18.0, alpha_s=84.0, alpha_q=180.0)  # 3, 7 and 30
     gan = COCOGAN(dataclasses.replace(config, guided=guided, lr_g=0.01, lr_d=0.02), CPU)
     batch = x, c, c_micro, z, epsilon = draw(config, random_images(config))
     assert len({*map(tuple, c.tolist())}) > 1
@@ -527,8 +546,21 @@ def test_precision_is_what_the_device_is_made_for(bf16, monkeypatch):
     x, c, *_ = draw(UNEVEN, random_images(UNEVEN))
     seen = []
     gan.D.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    score, h = coco_gan.apply_network(gan, gan.D, dict(gan.D.named_parameters()), x, c)
+    score, h = functional_call(gan.D, coco_gan.cast(gan, dict(gan.D.named_parameters())), (x, c))
     assert (seen, score.dtype, h.dtype) == ([torch.bfloat16], torch.float32, torch.float32)
+
+
+def test_coordinates_are_not_rounded_to_bfloat16():
+    gan = COCOGAN(dataclasses.replace(UNEVEN, precision="bf16"), CPU)
+    G, D = (coco_gan.cast(gan, dict(net.named_parameters())) for net in (gan.G, gan.D))
+    c = torch.tensor([[0.5, 0.5], [0.5, 0.501]])
+    assert c.bfloat16()[0].equal(c.bfloat16()[1])
+    z, x = torch.ones(2, 8), torch.ones(2, 16, 3, 3, dtype=torch.bfloat16) + torch.arange(3).bfloat16()
+    with torch.no_grad():
+        by_cbn = gan.G.blocks[0].cbn(x, torch.cat([z, c], dim=1))
+        s_micro = functional_call(gan.G, G, (z, c), dict(tanh=False))
+        scores = functional_call(gan.D, D, (torch.ones(2, 3, 8, 12), c))[0]
+    assert not any(one.equal(other) for one, other in (by_cbn, s_micro, scores))
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
@@ -858,6 +890,10 @@ def test_a_gpu_that_cannot_be_used_is_passed_over(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(
         "cuda cannot be used (CUDA error: no kernel image is available);"
     )
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert coco_gan.choose_device("auto") == CPU
+    assert capsys.readouterr().out.startswith("PyTorch finds no GPU that it can use")
 
 
 def test_the_progress_of_a_long_run_has_50_small_frames_at_most(here):

@@ -32,9 +32,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 import coco_gan
-from coco_gan import LAYOUT, apply_network, option, spectral_norm, to_device, to_uint8, update
+from coco_gan import LAYOUT, cast, option, spectral_norm, to_device, to_uint8, update
 from data import CROPS, EXTENSIONS, UserError, make_folder, read_file, read_rgb
 from kernels import crop_patches
 
@@ -173,14 +174,14 @@ class Generator(nn.Module):
     def forward(self, noise, start, step):  # (B, C, h + 4, w + 4), … -> (B, 3, u·h, u·w) in [-1, 1]
         h, w = (side - 2 * BORDER for side in noise.shape[2:])
         at = positions(self.config, start, step, h, w, BORDER)
-        x = torch.cat([noise, at], dim=1).contiguous(memory_format=LAYOUT)
+        x = torch.cat([noise, at], dim=1).to(self.last.weight.dtype, memory_format=LAYOUT)
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x)))
             if conv.stride[0] == 2:
                 h, w, step = 2 * h, 2 * w, step / 2
                 at = positions(self.config, start, step, h, w, BORDER)
             if self.config.positions == "all":
-                x = torch.cat([x, at], dim=1)  # (B, … + P, h + 4, w + 4)
+                x = torch.cat([x, at.to(x.dtype)], dim=1)  # (B, … + P, h + 4, w + 4)
         return torch.tanh(self.last(x)[:, :, :-1, :-1].float())
 
 
@@ -267,13 +268,13 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
     Returns: the LOSSES, (4,). D_real and D_generated are D's mean probabilities that x and s are real.
     """
     G, D, B, side = gan.G, gan.D, len(x), x.shape[3]
-    s = apply_network(gan, G, dict(G.named_parameters()), noise, start, step)  # (B, 3, 4u, 4u)
+    s = functional_call(G, cast(gan, dict(G.named_parameters())), (noise, start, step))  # (B, 3, 4u, 4u)
     at = positions(gan.config, start, step / gan.config.u, side, side)  # (B, P, 4u, 4u), of x as of s
 
     # D: minimise ½ (E[-log σ(D(x))] + E[-log(1 - σ(D(s)))]). The ½ is the released code's.
-    D_sn = spectral_norm(D, iterate=True)
+    D_sn = cast(gan, spectral_norm(D, iterate=True))
     both = torch.cat([torch.cat([x, at], dim=1), torch.cat([s.detach(), at], dim=1)])  # (2B, 3 + P, 4u, 4u)
-    score = apply_network(gan, D, D_sn, both).float()
+    score = functional_call(D, D_sn, both.to(D_sn["0.weight"].dtype)).float()
     L_D = (F.softplus(-score[:B]).mean() + F.softplus(score[B:]).mean()) / 2
     update(gan.opt_D, L_D)
 
@@ -286,8 +287,9 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
 
     # G: minimise E[-log σ(D(s))] by way of the updated D, whose parameters are detached: they get no gradient
     # Deviation: section 2 prints E[log(1 - σ(D(s)))]. This is the released code's, with larger gradients.
-    D_sn = {name: p.detach() for name, p in spectral_norm(D, iterate=False).items()}
-    L_G = F.softplus(-apply_network(gan, D, D_sn, torch.cat([s, at], dim=1)).float()).mean()
+    D_sn = cast(gan, {name: p.detach() for name, p in spectral_norm(D, iterate=False).items()})
+    both = torch.cat([s, at], dim=1).to(D_sn["0.weight"].dtype)
+    L_G = F.softplus(-functional_call(D, D_sn, both).float()).mean()
     update(gan.opt_G, L_G)
     real, generated = torch.sigmoid(score.detach()).split(B)
     return torch.stack([L_D.detach(), L_G.detach(), real.mean(), generated.mean()])
