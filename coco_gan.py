@@ -952,7 +952,7 @@ def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
 def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
-    return given | dict(zip(("height", "width"), args.image_size or ()))
+    return given | dict(zip(("height", "width"), getattr(args, "image_size", None) or ()))
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
@@ -1280,8 +1280,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = re.findall(r"--[\w-]+", self.format_help())
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(
+                " ".join(["unrecognized arguments:", *unknown, *(f"(did you mean {n}?)" for n in near)])
+            )
         return namespace, unknown
 
     def error(self, message: str):
@@ -1362,12 +1363,11 @@ def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Conf
     add("--save-every", type=positive, default=1000, metavar="N", help="between checkpoints (default: 1000)")
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
-    add(
-        "--image-size", type=image_size, metavar="HEIGHTxWIDTH", help="as --height and --width, or one number"
-    )
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             add = train_parser.add_argument_group(GROUPS[field.name]).add_argument
+        if field.name == "height":
+            add("--image-size", type=image_size, metavar="HEIGHTxWIDTH", help="both, or one number for both")
         allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
             values = "|".join(allowed) if field.type == "str" and allowed else None
@@ -1387,8 +1387,7 @@ def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Conf
     for command, act in ((train_parser, help_or_train), (sample_parser, sample)):
         command.set_defaults(act=act)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        gpu = dict(dest="device", action="store_const", const="cuda", help="as --device cuda")
-        command.add_argument("--gpu", **gpu)
+        command.add_argument("--gpu", dest="device", action="store_const", const="cuda", help="--device cuda")
         text = "auto: Triton's kernels on a GPU; torch: PyTorch alone"
         command.add_argument("--impl", default="auto", choices=("auto", "torch"), help=text)
     return [train_parser, sample_parser]

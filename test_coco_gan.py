@@ -2097,7 +2097,7 @@ BAD = [
     ("train --preset tinny", "argument --preset: invalid choice: 'tinny'"),
     ("train --steps many", "argument --steps: invalid int value: 'many'"),
     ("train --log-every 0", "argument --log-every: '0' is no whole number from 1 on"),
-    ("train --hight 64", "--hight 64; did you mean --height?; see python coco_gan.py train --help"),
+    ("train --hight 64", "--hight 64 (did you mean --height?); see python coco_gan.py train --help"),
     ("sample --lambda-gp=3", "unrecognized arguments: --lambda-gp=3; see python coco_gan.py sample --help"),
     ("train --image-size 64x", "argument --image-size: '64x' is no HEIGHTxWIDTH"),
     ("train --gpu", "--device cuda is not available; give auto, cpu, cuda"),
