@@ -97,7 +97,7 @@ def test_captions_stand_above_and_beside_the_enlarged_picture():
     assert left + 12 <= x.min() and x.max() < left + 24 and top + 21 <= y_beside.min() < top + 36
     assert np.array_equal(figures.caption(picture, 1), picture)
     long = figures.caption(picture, 1, [(25, "as long as it takes")])
-    assert (long[:, -40:] < 128).any()  # it is not cut off
+    assert long.shape[1] > 100 and (long[:, -20:] < 128).any()  # it is not cut off
 
 
 def test_captions_say_which_is_which(run):
