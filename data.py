@@ -426,6 +426,7 @@ def decode_all(names, read, height: int, width: int, crop: str, seed: int, origi
             else:
                 yield image
             if done % 10_000 == 0 or done == len(names):
+                progress()
                 print(f"{done:,} of {len(names):,} images decoded", file=sys.stderr, flush=True)
     if len(skipped) == len(names):
         raise UserError(f"--data: none of the {len(names):,} images can be used; the first: {skipped[0]}")
