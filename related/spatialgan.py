@@ -129,8 +129,7 @@ class Centre(nn.Module):
         self.linear = nn.Linear(config.z_dim, 16 * C[doublings])
         pairs = [(C[b + 1], C[b]) for b in reversed(range(doublings))]
         self.blocks = nn.ModuleList(GeneratorBlock(*pair, config.z_dim, upscale=True) for pair in pairs)
-        self.norm = nn.BatchNorm2d(C[0])
-        self.conv = nn.Conv2d(C[0], 3, 3, padding=1)
+        self.norm, self.conv = nn.BatchNorm2d(C[0]), nn.Conv2d(C[0], 3, 3, padding=1)
         coco_gan.init_weights(self)
 
     def forward(self, condition):  # (B, z_dim) -> (B, 3, s_0, s_0) in [-1, 1]
@@ -174,6 +173,8 @@ class Expansion(nn.Module):
         self.attention = Attention(C[k]) if attention else nn.Identity()
         self.norm = nn.BatchNorm2d(C[0])
         self.conv2 = nn.Conv2d(C[0] + 4 * config.unet, 3, 3, padding=1)
+        for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            layer.padding_mode = "replicate"  # zeros around the canvas end as stripes at the edge of images
         coco_gan.init_weights(self)
 
     def forward(self, condition, context):  # (B, 2 · z_dim), IP_{i-1} -> (B, 3, s, s) in [-1, 1]
