@@ -174,7 +174,7 @@ class Expansion(nn.Module):
         self.norm = nn.BatchNorm2d(C[0])
         self.conv2 = nn.Conv2d(C[0] + 4 * config.unet, 3, 3, padding=1)
         for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
-            layer.padding_mode = "replicate"  # zeros around the canvas end as stripes at the edge of images
+            layer.padding_mode = "replicate"  # zero padding leaves stripes at the edge of the image
         coco_gan.init_weights(self)
 
     def forward(self, condition, context):  # (B, 2 · z_dim), IP_{i-1} -> (B, 3, s, s) in [-1, 1]
