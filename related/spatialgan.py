@@ -111,7 +111,7 @@ LAMBDA = 1, 1.25, 2, 3, 4.5, 6.75, 10.1, 15.2
 CPU = dict(halvings=3, z_dim=64, width_g=8, most_g=64, width_d=8, attention=False, loss="wgan")
 CPU |= dict(lambda_gp=1.0, lr_g=1e-3, lr_d=2e-3, d_steps=1, batch_size=16)
 PRESETS = {
-    "toy": dict(sides="16,32", steps=6_000, **CPU),
+    "toy": dict(sides="16,32", steps=5_000, **CPU),
     "faces": dict(sides="16,32,64", steps=9_000, **CPU),
     "spatial256": dict(stage_steps=100_000),
 }
@@ -130,8 +130,7 @@ class Centre(nn.Module):
         self.linear = nn.Linear(config.z_dim, 16 * C[doublings])
         pairs = [(C[b + 1], C[b]) for b in reversed(range(doublings))]
         self.blocks = nn.ModuleList(GeneratorBlock(*pair, config.z_dim, upscale=True) for pair in pairs)
-        self.norm = nn.BatchNorm2d(C[0])
-        self.conv = nn.Conv2d(C[0], 3, 3, padding=1)
+        self.norm, self.conv = nn.BatchNorm2d(C[0]), nn.Conv2d(C[0], 3, 3, padding=1)
         coco_gan.init_weights(self)
 
     def forward(self, condition):  # (B, z_dim) -> (B, 3, s_0, s_0) in [-1, 1]
@@ -175,6 +174,8 @@ class Expansion(nn.Module):
         self.attention = Attention(C[k]) if attention else nn.Identity()
         self.norm = nn.BatchNorm2d(C[0])
         self.conv2 = nn.Conv2d(C[0] + 4 * config.unet, 3, 3, padding=1)
+        for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            layer.padding_mode = "replicate"  # zero padding leaves stripes at the edge of the image
         coco_gan.init_weights(self)
 
     def forward(self, condition, context):  # (B, 2 · z_dim), IP_{i-1} -> (B, 3, s, s) in [-1, 1]
