@@ -58,6 +58,7 @@ class Config:
     width_d: int = option(64, (1, 1024), "channels after D's first layer; later: 2, 4, 8, … times")
     lr_g: float = option(2e-4, (0, 1), "learning rate of G")
     lr_d: float = option(2e-4, (0, 1), "learning rate of D")
+    slow: int = option(10**9, (0, 10**9), "step from which on both learning rates are a quarter")
     beta1: float = option(0.5, (0, 0.9999), "Adam's β1")
     beta2: float = option(0.999, (0, 0.999999), "Adam's β2")
     batch_size: int = option(64, (2, 65536), "crops per step, of all processes together")
@@ -68,7 +69,6 @@ class Config:
     data: str = option("toy:faces", None, "folder or zip of images, one image, toy:faces or toy:landscapes")
     crop: str = option("center", CROPS, "how an image gets its size")
     every_px: int = option(1, (1, 4096), "crops start at multiples of this many pixels")
-    zoom: float = option(1.0, (0.25, 1), "half of the crops have from this part of their side on, enlarged")
     holdout: int = option(0, (0, 10**9), "images kept out of training, for evaluation")
 
     @property
@@ -105,7 +105,7 @@ class Config:
 CPU = dict(mix=1, lr_g=1e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, batch_size=16)
 SMALL = dict(L=3, width_g=32, **CPU)
 PRESETS = {
-    "toy": dict(height=32, width=32, L=2, width_g=64, zoom=0.6, steps=12_000, **CPU),
+    "toy": dict(height=32, width=32, L=2, width_g=64, slow=7_500, steps=11_000, **CPU),
     "faces64": dict(height=64, width=64, steps=30_000, **SMALL),
     "texture": dict(height=64, width=64, topology="torus", local=8, width_d=32, steps=7_000, **SMALL),
     "panorama": dict(height=32, width=96, topology="cylinder", data="toy:landscapes", steps=7_000, **SMALL),
@@ -152,8 +152,7 @@ class Generator(nn.Module):
 
     A transposed convolution of kernel 4, stride 2, padding 3 makes 2n - 4 of n and reads no padding, so the
     border stays 2. The last layer makes u·h + 1 of u·h + 4. Cell i changes the pixels u(i-1) … u(i+2) only.
-    Deviation: the paper has a border of 3, whose outermost cells change nothing. The 1 x 1 convolutions are
-    ours: with few layers, plans and positions meet too rarely.
+    Deviation: the paper's border is 3, its outermost cells change nothing. The 1 x 1 convolutions are ours.
     """
 
     def __init__(self, config: Config):
@@ -220,19 +219,16 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     size = torch.tensor([config.height, config.width]).repeat(B, 1)
     if config.mixed:  # Deviation: proportions are random, and not those of the photographs
         size[:, 1] = torch.randint(config.height, config.width + 1, (B,), generator=rng)
-    cut = (side * config.zoom ** (2 * torch.rand(2, generator=rng) - 1).clamp(min=0)).round().long()
-    last = torch.where(torch.tensor(config.closed), size - 1, size - cut)  # crops wrap where borders meet
+    last = torch.where(torch.tensor(config.closed), size - 1, size - side)  # crops wrap where borders meet
     corner = (torch.rand(B, 2, generator=rng) * (last // config.every_px + 1)).long() * config.every_px
     source = corner + (torch.tensor([config.height, config.width]) - size) // 2  # of `mixed`, the middle
     if config.texture:  # a crop from anywhere in it has any position in the period
-        source = (torch.rand(B, 2, generator=rng) * (torch.tensor(images.shape[1:3]) - cut + 1)).long()
+        source = (torch.rand(B, 2, generator=rng) * (torch.tensor(images.shape[1:3]) - side + 1)).long()
     master = torch.randn(B, config.master, 1, 1, generator=rng).expand(-1, -1, cells, cells)
     noise = torch.cat([master, torch.randn(B, config.local, cells, cells, generator=rng)], dim=1)
-    batch = index, *source.unbind(1), noise, corner / size, cut / 4 / size
+    batch = index, *source.unbind(1), noise, corner / size, config.u / size
     *crop, noise, start, step = (t.chunk(coco_gan.WORLD)[coco_gan.RANK] for t in batch)
-    x = crop_patches(images, *(to_device(t, images.device) for t in crop), *cut.tolist())
-    if config.zoom < 1:
-        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    x = crop_patches(images, *(to_device(t, images.device) for t in crop), side, side)
     return [to_device(t, device) for t in (x.contiguous(memory_format=LAYOUT), noise, start, step)]
 
 
@@ -256,8 +252,8 @@ class LocoGAN(nn.Module):
         self.G, self.D = Generator(config), discriminator(config)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
         self.to(device)
-        self.opt_G = coco_gan.make_adam([dict(params=[*self.G.parameters()], lr=config.lr_g)], config, device)
-        self.opt_D = coco_gan.make_adam([dict(params=[*self.D.parameters()], lr=config.lr_d)], config, device)
+        self.opt_G = coco_gan.make_adam([dict(params=[*self.G.parameters()])], config, device)
+        self.opt_D = coco_gan.make_adam([dict(params=[*self.D.parameters()])], config, device)
 
 
 def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
@@ -266,9 +262,11 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
     Args: a batch of `draw_batch`; ema_weight: how far the EMA of G's weights moves, a tensor in [0, 1].
     Returns: the LOSSES, (4,). D_real and D_generated are D's mean probabilities that x and s are real.
     """
-    G, D, B, side = gan.G, gan.D, len(x), x.shape[3]
+    config, G, D, B, side = gan.config, gan.G, gan.D, len(x), x.shape[3]
+    for optimizer, lr in ((gan.opt_G, config.lr_g), (gan.opt_D, config.lr_d)):
+        optimizer.param_groups[0]["lr"] = lr / 4 if gan.step >= config.slow else lr
     s = apply_network(gan, G, dict(G.named_parameters()), noise, start, step)  # (B, 3, 4u, 4u)
-    at = positions(gan.config, start, step / gan.config.u, side, side)  # (B, P, 4u, 4u), of x as of s
+    at = positions(config, start, step / config.u, side, side)  # (B, P, 4u, 4u), of x as of s
 
     # D: minimise ½ (E[-log σ(D(x))] + E[-log(1 - σ(D(s)))]). The ½ is the released code's.
     D_sn = spectral_norm(D, iterate=True)
@@ -279,10 +277,9 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
 
     # EMA of G's weights and running statistics as they made s. Deviation: the paper samples from G itself.
     with torch.no_grad():
-        now = G.state_dict()
-        for name, average in gan.G_ema.state_dict().items():
+        for average, now in zip(gan.G_ema.state_dict().values(), G.state_dict().values()):
             if average.is_floating_point():
-                average.lerp_(now[name], ema_weight)
+                average.lerp_(now, ema_weight)
 
     # G: minimise E[-log σ(D(s))] by way of the updated D, whose parameters are detached: they get no gradient
     # Deviation: section 2 prints E[log(1 - σ(D(s)))]. This is the released code's, with larger gradients.
@@ -376,6 +373,8 @@ def train(args: argparse.Namespace) -> int:
     with coco_gan.lock_run(run):
         if args.resume is not None:
             gan, stored = coco_gan.resume(run, given, device, load_images_of, LocoGAN)
+        if args.graph and gan.config.slow < gan.config.steps:
+            raise UserError(f"--graph cannot change rates at --slow {gan.config.slow}; leave --graph out")
         return coco_gan.train_loop(gan, stored, run, args, draw_batch, train_step, show)
 
 
