@@ -40,12 +40,11 @@ def near(a, b):
 
 
 def test_positions_known_answers():
-    config = Config()  # 128 px, cells of 16 px
-    found = positions(config, *where([0.0, 0.5], [1 / 8, 1 / 8]), 4, 3, border=2)
+    found = positions(Config(), *where([0.0, 0.5], [1 / 8, 1 / 8]), 4, 3, border=2)  # cells of 16 px
     rows = torch.tensor([-1.375, -1.125, -0.875, -0.625, -0.375, -0.125, 0.125, 0.375])
     columns = torch.tensor([-0.375, -0.125, 0.125, 0.375, 0.625, 0.875, 1.125])
     assert torch.equal(found, torch.stack([rows[:, None].expand(8, 7), columns.expand(8, 7)])[None])  # (y, x)
-    pixels = positions(config, *where([0.0, 0.0], [1 / 128, 1 / 128]), 64, 64)
+    pixels = positions(Config(), *where([0.0, 0.0], [1 / 128, 1 / 128]), 64, 64)
     assert pixels[0, :, 0, 0].tolist() == [-0.9921875, -0.9921875]
     for topology, channels in (("cylinder", 3), ("torus", 4)):
         found = positions(uneven(topology=topology), *where([0.0, 0.0], [1 / 4, 1 / 4]), 3, 8)
@@ -61,9 +60,8 @@ def test_parameter_counts():
     D = locogan.discriminator(Config())
     assert sum(p.numel() for p in D.parameters()) == 2_766_785
     assert [hasattr(layer, "v") for layer in D if isinstance(layer, torch.nn.Conv2d)] == [True] * 4 + [False]
-    for preset in PRESETS.values():
-        with torch.device("meta"):
-            LocoGAN(Config(**preset).check(), torch.device("meta"))
+    with torch.device("meta"):
+        assert all(LocoGAN(Config(**preset).check(), torch.device("meta")) for preset in PRESETS.values())
 
 
 @pytest.mark.parametrize("L, sides", [(4, [12, 20, 36, 68, 65]), (3, [12, 20, 36, 33]), (2, [12, 20, 17])])
@@ -125,6 +123,9 @@ def test_real_crops_and_positions_agree(topology):
 
 def test_options_of_batches():
     assert set(batches(uneven(every_px=8))[0].round().flatten().tolist()) == {0, 8, 16, 24}
+    first, last, start, end, _ = batches(uneven(zoom=0.5))
+    assert (first - start).abs().max() < 1 and (last - end).abs().max() < 1  # pixels: bilinear
+    assert (end - start).min() < 9 and ((end - start).round() == 15).float().mean() > 0.3
     first, _, start, end, _ = batches(uneven(mixed=True))
     width = 16 * 40 / (end - start + 1)[:, 1]  # of the image, which is the middle of the stored one
     near(first[:, 1], start[:, 1] / 40 * width + (40 - width.round()) // 2)
@@ -230,8 +231,7 @@ def test_resume_is_bit_identical(tmp_path, monkeypatch, data, topology):
         pixels = np.random.default_rng(n).integers(0, 256, (50, 70, 3), np.uint8)
         Image.fromarray(pixels).save(f"photos/{n}.png")
     for flags in ("--run a --steps 4", "--run b --steps 2", "--resume b --steps 4"):
-        more = f"--data {data} --topology {topology} {TINY}"
-        assert locogan.main(["train", *flags.split(), *more.split()]) == 0
+        assert locogan.main(f"train {flags} --data {data} --topology {topology} {TINY}".split()) == 0
     a, b = (torch.load(f"{run}/checkpoint-000000004.pt") for run in "ab")
     assert torch.equal(a["rng"], b["rng"])
     assert all(torch.equal(t, b["tensors"][name]) for name, t in a["tensors"].items())
