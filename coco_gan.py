@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
 import functools
 import io
 import itertools
@@ -48,6 +49,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 try:
@@ -65,10 +68,11 @@ except ImportError:  # Windows
     fcntl = None
 
 if __package__:  # copied into a package
-    from . import kernels
+    from . import data, kernels
     from .data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from .kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
 else:
+    import data
     import kernels
     from data import CROPS, UserError, load_images, make_folder, release_pages, write_file
     from kernels import ConditionalBatchNorm, avg_pool, capture, crop_patches, merge_patches, relu
@@ -124,6 +128,9 @@ class Config:
     alpha_s: float = option(100.0, (0, 1e6), "weight α of the spatial consistency loss L_S")
     guided: bool = option(False, None, "train the head Q too, to generate from a patch of a photograph")
     alpha_q: float = option(100.0, (0, 1e6), "weight of the content consistency loss L_Q, with --guided")
+    weights: str = option(
+        "plain", ("plain", "scaled"), "of the losses: as given, or as the authors' code scales them"
+    )
     lr_g: float = option(1e-4, (0, 1), "learning rate of G and Q")
     lr_d: float = option(4e-4, (0, 1), "learning rate of D and A")
     beta1: float = option(0.0, (0, 0.9999), "Adam's β1")
@@ -134,7 +141,7 @@ class Config:
     precision: str = option("auto", PRECISIONS, "of the layers of G and D")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
-    crop: str = option("center", CROPS, "how an image gets its size")
+    crop: str = option("auto", CROPS, "how an image gets its size")
     continuous: bool = option(False, None, "macro patches at any pixel (section 3.7)")
     mirror: bool = option(False, None, "mirror half of the real images")
     yaw: bool = option(False, None, "turn each real image by a random angle where its borders meet")
@@ -163,6 +170,20 @@ class Config:
     def c_dim(self) -> int:
         return 2 + sum(self.closed)  # an angle takes two values, cos θ and sin θ
 
+    @property
+    def loss_weights(self) -> tuple[float, float, float]:
+        """λ, α and the weight of L_Q as they multiply the losses.
+
+        The paper's results are its authors' code's, whose penalty asks for a slope of 1 in each column and
+        channel by itself. ‖∇D‖ of such a D is k = √(columns · channels). Divided by k it has a slope of 1, as
+        in equation 3, with λ and α divided by k, too. L_S there is the mean over the values of c', not their
+        sum. "scaled" are these weights (docs/paper.md).
+        """
+        if self.weights == "plain":
+            return self.lambda_gp, self.alpha_s, self.alpha_q
+        k = math.sqrt(3 * self.M * self.S)
+        return self.lambda_gp / k, self.alpha_s / (k * self.c_dim), self.alpha_q / k
+
     def check(self) -> Config:
         """Return the configuration if it makes a model. Raises: UserError, which names the flag, if not."""
         check_fields(self)
@@ -178,23 +199,25 @@ class Config:
 
 
 # The presets for CPUs are ours. The others have sizes and batches of the paper or its authors' code; steps
-# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E).
+# for 150 epochs of CelebA without 50,000 images (table 2), or a million steps of LSUN (appendix E). Panoramas
+# are turned, as in that code: the photographs are not aligned.
 CPU = dict(width_g=8, width_d=8, batch_size=16, lambda_gp=1.0, alpha_s=1.0, alpha_q=10.0)
 CPU |= dict(lr_g=1e-3, lr_d=2e-3, beta2=0.9)
+SCALED = dict(weights="scaled")
 PANORAMA = dict(topology="cylinder", data="toy:landscapes")
 PRESETS = {
     "tiny": dict(height=32, width=32, S=8, steps=4_000, **CPU),
     "small": dict(steps=7_500, **CPU),
     "panorama-tiny": dict(height=32, width=96, steps=8_000, **PANORAMA, **CPU),
-    "celeba64": dict(batch_size=64, steps=350_000),
-    "celeba128": dict(height=128, width=128, S=32, steps=180_000),
-    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000),
-    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000),
-    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000),
-    "lsun64": dict(steps=1_000_000),
-    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000),
-    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000),
-    "panorama": dict(height=256, width=768, S=64, **PANORAMA),
+    "celeba64": dict(batch_size=64, steps=350_000, **SCALED),
+    "celeba128": dict(height=128, width=128, S=32, steps=180_000, **SCALED),
+    "celeba128-n4": dict(height=128, width=128, N=4, M=4, S=16, steps=180_000, **SCALED),
+    "celeba128-n8": dict(height=128, width=128, N=8, M=8, S=8, steps=180_000, **SCALED),
+    "celeba128-n16": dict(height=128, width=128, N=16, M=16, S=4, batch_size=64, steps=350_000, **SCALED),
+    "lsun64": dict(steps=1_000_000, **SCALED),
+    "lsun256": dict(height=256, width=256, S=64, steps=1_000_000, **SCALED),
+    "celebahq1024": dict(height=1024, width=1024, S=256, batch_size=20, steps=500_000, **SCALED),
+    "panorama": dict(height=256, width=768, S=64, yaw=True, **SCALED, **PANORAMA),
 }
 
 
@@ -208,6 +231,8 @@ def choose_device(name: str, impl: str = "auto") -> torch.device:
     auto = name == "auto"
     if auto:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda:  # a PyTorch that was made for GPUs
+            print("PyTorch finds no GPU that it can use; the CPU does the work")
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -234,11 +259,31 @@ def choose_precision(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16 and has_bf16() else "fp32"
 
 
-def apply_network(gan: nn.Module, net: nn.Module, parameters: dict, *inputs, **options):
-    """net(*inputs) with the parameters given; its layers in bfloat16 if that is the precision of gan."""
-    bf16 = choose_precision(gan.config, gan.device) == "bf16"
-    with torch.autocast(gan.device.type, torch.bfloat16, enabled=bf16):
-        return functional_call(net, parameters, inputs, options)
+class _Cast(torch.autograd.Function):
+    """Tensors in another type, by one kernel instead of one for each."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        results = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(results, tensors)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *_Cast.apply(torch.float32, *gradients)
+
+
+def cast(gan: nn.Module, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters, those of convolutions in bfloat16 if that is the precision of gan.
+
+    A network computes with what functional_call(net, parameters, inputs) gives it: its convolutions in their
+    type, and its linear layers, which read latents and coordinates, in float32.
+    """
+    if choose_precision(gan.config, gan.device) != "bf16":
+        return parameters
+    layers = {name.rpartition(".")[0] for name, p in parameters.items() if p.dim() == 4}
+    given = {name: p for name, p in parameters.items() if name.rpartition(".")[0] in layers}
+    return parameters | dict(zip(given, _Cast.apply(torch.bfloat16, *given.values())))
 
 
 def make_adam(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Adam:
@@ -325,6 +370,29 @@ def init_weights(net: nn.Module) -> None:
     net.to(memory_format=LAYOUT)
 
 
+class _Normalize(torch.autograd.Function):
+    """Each W/σ, σ = ‖W v‖, of all layers at once. For v constant, ∂σ/∂W = u vᵀ with u = W v / σ.
+
+    Autograd's formulas start three times as many kernels, most of them for a few numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, v, *weights):
+        Wv = [W.flatten(1) @ v_ for W, v_ in zip(weights, v)]
+        sigma = torch._foreach_norm(Wv)
+        ctx.save_for_backward(*weights, *v, *torch._foreach_div(Wv, sigma), *sigma)
+        return tuple(torch._foreach_div(weights, sigma))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W/σ⟩ u vᵀ) / σ
+        n, saved = len(dW_sn), ctx.saved_tensors
+        weights, v, u, sigma = (saved[k * n : (k + 1) * n] for k in range(4))
+        along = torch._foreach_div([product.sum() for product in torch._foreach_mul(dW_sn, weights)], sigma)
+        uv = [torch.outer(u_, v_).view_as(d) for u_, v_, d in zip(torch._foreach_mul(u, along), v, dW_sn)]
+        return None, *torch._foreach_div(torch._foreach_sub(dW_sn, uv), sigma)
+
+
 def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
     """The parameters of net, with each weight W of a convolution or linear layer divided by σ(W).
 
@@ -341,8 +409,7 @@ def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
             u = [W_ @ v_ for W_, v_ in zip(W, v)]
             new = [W_.T @ u_ for W_, u_ in zip(W, u)]
             torch._foreach_copy_(v, torch._foreach_div(new, torch._foreach_norm(new)))
-    sigma = torch._foreach_norm([W_ @ v_ for W_, v_ in zip(W, v)])
-    return dict(net.named_parameters()) | dict(zip(layers, torch._foreach_div(weights, sigma)))
+    return dict(net.named_parameters()) | dict(zip(layers, _Normalize.apply(v, *weights)))
 
 
 @torch.no_grad()
@@ -400,7 +467,8 @@ class Generator(nn.Module):
 
     def forward(self, z, c_micro, tanh=True):  # (B, z_dim), (B, c_dim) -> (B, 3, S, S) in [-1, 1]
         condition = torch.cat([z, c_micro], dim=1)
-        x = self.linear(condition).view(-1, *self.start).contiguous(memory_format=LAYOUT)
+        x = self.linear(condition).view(-1, *self.start)
+        x = x.to(self.conv.weight.dtype, memory_format=LAYOUT)
         for block in self.blocks:
             x = block(x, condition)
         x = self.conv(F.relu(self.norm(x)))
@@ -447,6 +515,7 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     def forward(self, x, c_macro):  # (B, 3, N·S, M·S), (B, c_dim) -> (B,), (B, 8 · width_d)
+        x = x.to(self.blocks[0].conv1.weight.dtype)
         for block in self.blocks:
             x = block(x)
         # Deviation: the paper says "global pooling"; this is the sum, as in the projection discriminator. The
@@ -535,6 +604,16 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def cut_bytes(images, index, top, left, height, width) -> torch.Tensor:
+    """Patches of images (n, H, W, 3), as `crop_patches` cuts them, but uint8: (B, height, width, 3)."""
+    H, W, patches = *images.shape[1:3], torch.empty(len(index), height, width, 3, dtype=torch.uint8)
+    for patch, i, y, x in zip(patches, index.tolist(), (top % H).tolist(), (left % W).tolist()):
+        h, w = min(height, H - y), min(width, W - x)  # what is left of the border; the rest is beyond it
+        for part, rows in ((patch[:h], images[i, y : y + h]), (patch[h:], images[i, : height - h])):
+            part[:, :w], part[:, w:] = rows[:, x : x + w], rows[:, : width - w]
+    return patches
+
+
 def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tensor]:
     """Draw images, positions and latents, uniformly. On the CPU: a seed means the same batches on any device.
 
@@ -559,6 +638,9 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     index, top, left, mirror, i, j, z, epsilon = (
         t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)
     )
+    if images.device != device:  # too many for the GPU: a quarter of the bytes, and of the work for the CPU
+        images = to_device(cut_bytes(images, index, top, left, h, w), device)
+        index, top, left = torch.arange(len(index)), 0 * top, 0 * left
     crop = (to_device(t, images.device) for t in (index, top, left))
     x_macro = crop_patches(images, *crop, h, w, mirror=to_device(mirror, images.device))
     x_macro = x_macro.contiguous(memory_format=LAYOUT)
@@ -613,46 +695,50 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
     Returns: the LOSSES, (5,) or with --guided (6,), which on a GPU nobody has waited for.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
+    lambda_gp, alpha_s, alpha_q = config.loss_weights
 
     # s' = φ(G(z, C'')), all patches of a sample from one z. D learns from it detached, G through it.
     G_sn = spectral_norm(G, iterate=True)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = apply_network(gan, G, G_sn, z_micro, C_micro, tanh=False)
+    s_micro = functional_call(G, cast(gan, G_sn), (z_micro, C_micro), dict(tanh=False))
     s_macro = merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=LAYOUT)  # (B, 3, N·S, M·S)
 
-    # D and A: minimise -L_W + λ L_GP + α L_S(x'). The heads A and Q are float32, outside of apply_network.
+    # D and A: minimise -L_W + λ L_GP + α L_S(x')
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
+    D_sn = cast(gan, D_sn)
     s_detached = s_macro.detach()
-    score, h = apply_network(gan, D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro]))
+    both = torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_macro])
+    score, h = functional_call(D, D_sn, both)
     L_W = wasserstein(score[:B], score[B:])
     L_GP, norm = gradient_penalty(
-        lambda x: apply_network(gan, D, D_sn, x, c_macro)[0], x_macro, s_detached, epsilon
+        lambda x: functional_call(D, D_sn, (x, c_macro))[0], x_macro, s_detached, epsilon
     )
     L_S_real = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
-    loss = -L_W + config.lambda_gp * L_GP + config.alpha_s * L_S_real
+    loss = -L_W + lambda_gp * L_GP + alpha_s * L_S_real
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(gan.opt_D, loss)
 
     # EMA of the weights and running statistics that made s'. It comes before G's update, which changes what
     # G_sn shares with G: all but the normalized weights. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
-        for name, average in gan.G_ema.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(now[name], weight)
+        names, averages = zip(*((n, t) for n, t in gan.G_ema.state_dict().items() if t.is_floating_point()))
+        way = torch._foreach_sub([now[name] for name in names], averages)
+        torch._foreach_add_(averages, torch._foreach_mul(way, weight))
 
     # G: minimise L_W + α L_S(s') by way of the updated D, whose parameters are detached: they get no gradient
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
     D_sn, A_sn, Q_sn = ({name: p.detach() for name, p in parameters.items()} for parameters in nets)
-    score, h = apply_network(gan, D, D_sn, s_macro, c_macro)
+    D_sn = cast(gan, D_sn)
+    score, h = functional_call(D, D_sn, (s_macro, c_macro))
     L_S_generated = spatial_consistency(c_macro, functional_call(A, A_sn, (h,)))
-    loss = -score.mean() + config.alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
+    loss = -score.mean() + alpha_s * L_S_generated  # -E[D(s')] is the part of L_W that G can change
     losses = [L_W, L_GP, norm, L_S_real, L_S_generated]
     if config.guided:
         losses.append(content_consistency(z, functional_call(Q, Q_sn, (h,))))
-        loss = loss + config.alpha_q * losses[-1]
+        loss = loss + alpha_q * losses[-1]
     update(gan.opt_G, loss)
     return torch.stack([term.detach() for term in losses])
 
@@ -660,7 +746,7 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
 # ---- Sampling (section 2, "testing phase"; sections 3.3 and 3.4): full images exist only here --------------
 
 
-def latents(seeds, z_dim: int = 128) -> torch.Tensor:
+def latents(seeds: Iterable[int], z_dim: int = 128) -> torch.Tensor:
     """One latent vector per seed, uniform on [-1, 1]: (len(seeds), z_dim), the same on every machine.
 
     Raises: UserError for a single number.
@@ -683,7 +769,9 @@ def micro_patches(G: Generator, z: torch.Tensor, i: torch.Tensor, j: torch.Tenso
     return torch.cat([G(some.to(device), c.to(device)) for some, c in parts])
 
 
-def full_image(G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None):
+def full_image(
+    G: Generator, z: torch.Tensor, rows: range | None = None, columns: range | None = None
+) -> torch.Tensor:
     """s = φ(G(z, C''_full)): full images, each from the R·K micro patches of its own latent vector.
 
     Args: z (B, z_dim) in [-1, 1], on any device; rows, columns: of the micro patches to make (default: 0 …
@@ -707,7 +795,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def pictures(G: Generator, seeds, **part: range) -> list[Image.Image]:
+def pictures(G: Generator, seeds: Iterable[int], **part: range) -> list[Image.Image]:
     """The full images of seeds as Pillow's. part: rows and columns of `full_image`."""
     images = full_image(G, latents(seeds, G.config.z_dim), **part)
     return [Image.fromarray(image) for image in to_uint8(images)]
@@ -853,18 +941,18 @@ def load(checkpoint: str | Path | None = None, device: str = "cpu", raw: bool = 
 # ---- The training loop -------------------------------------------------------------------------------------
 
 
-def default_preset(panorama: bool, device: torch.device, given: dict) -> str:
-    toys = given.get("data", Config.data).startswith("toy:")
-    on_gpu = "panorama" if panorama else "celeba64"
-    on_cpu = "panorama-tiny" if panorama else "tiny" if toys else "small"
-    preset = on_cpu if device.type == "cpu" else on_gpu
-    print(f"preset {preset}, the default for these images on {device}; --preset names another")
-    return preset
+def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
+    """--preset, or the default for these images on this device."""
+    toys = getattr(args, "data", Config.data).startswith("toy:")
+    on_gpu = "panorama" if args.panorama else "celeba64"
+    on_cpu = "panorama-tiny" if args.panorama else "tiny" if toys else "small"
+    return args.preset or (on_cpu if device.type == "cpu" else on_gpu)
 
 
 def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
+    return given | dict(zip(("height", "width"), getattr(args, "image_size", None) or ()))
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
@@ -982,7 +1070,8 @@ def log(gan: nn.Module, losses: torch.Tensor, rate: float, run: Path, board) -> 
     line = re.sub(r"\b0\.", ".", line)
     if len(line) > 79:
         line = line.replace(f"/{config.steps:,}", "")
-    print("\r" * sys.stdout.isatty() + line, flush=True)
+    data.progress()
+    print(line, flush=True)
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     if board is not None:
@@ -1005,6 +1094,14 @@ def save_progress(run: Path) -> None:
             frames.append(frame.copy())
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=300)
     write_file(run / "progress.gif", file.getvalue())
+
+
+def save_indicators(run: Path) -> None:
+    """indicators.png, the log of a run as figure 29, where experiments/plot.py and matplotlib are there."""
+    with contextlib.suppress(ImportError, UserError):  # of a log that cannot be drawn
+        from experiments.plot import save_plot
+
+        save_plot([str(run)], run / "indicators.png")
 
 
 def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
@@ -1039,7 +1136,7 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     held_out = f", {config.holdout:,} held out" * (config.holdout > 0)
     print(f"{len(indices):,} images of {config.height} x {config.width}{held_out}, {parameters:,} parameters")
     todo = f"{max(0, config.steps - gan.step):,} steps to go, in {run}"
-    print(f"{todo}; the log has images per second; {gan.LEGEND}", flush=True)
+    print(f"{todo}; the log has images per second\n{gan.LEGEND}", flush=True)
 
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
@@ -1073,15 +1170,16 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
                     log(gan, seen, rate, run, board)
             if logging:
                 losses.clear()
-            elif sys.stdout.isatty() and time.monotonic() > progress_time + 0.2:
+            elif RANK == 0 and time.monotonic() > progress_time + 0.2:
                 progress_time = time.monotonic()
-                print(f"\rstep {gan.step:,}/{config.steps:,} ", end="", flush=True)
+                data.progress(f"step {gan.step:,}/{config.steps:,}")
     if stopped and gan.step < config.steps:
-        print(f"stopped and saved step {gan.step:,}; go on with: python {gan.COMMAND} train --resume {run}")
+        print(f"stopped and saved step {gan.step:,}\ngo on with: python {gan.COMMAND} train --resume {run}")
         return 128 + stopped
     if RANK == 0:
         save_progress(run)
-    print(f"done: {run}/latest.png; for more: python {gan.COMMAND} sample --checkpoint {run}")
+        save_indicators(run)
+    print(f"done: {run}/latest.png\nfor more: python {gan.COMMAND} sample --checkpoint {run}")
     return 0
 
 
@@ -1117,7 +1215,8 @@ def train(args: argparse.Namespace) -> int:
         raise UserError("--from starts a new run like the one it names; leave out --preset and --resume")
     if args.resume is None:
         if args.source is None:
-            name, weights = args.preset or default_preset(args.panorama, device, given), {}
+            name, weights = choose_preset(args, device), {}
+            print(f"preset {name}" + f", the default for these images on {device}" * (not args.preset))
             config = Config(**PRESETS[name] | given).check()
         else:
             path = find_checkpoint(args.source, args.panorama)
@@ -1128,8 +1227,10 @@ def train(args: argparse.Namespace) -> int:
             is_not = f"{name} or --topology {config.topology} is none"
             raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
         stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
+        if data.report_originals(stored) and config.topology == "plane":
+            print("most are at least twice as wide as high, like panoramas: add --panorama")
         if len(stored) - config.holdout < 1000:
-            print("fewer than 1,000 images: what is generated will look like those; --mirror doubles them")
+            print("fewer than 1,000 images: what is generated will look like them; try --mirror")
         if weights:
             copy_weights(gan, weights)
         run = new_run(args.run, name)
@@ -1161,8 +1262,10 @@ def sample(args: argparse.Namespace) -> int:
     files = {out: seeds}
     if out.is_dir() or str(args.out).endswith("/"):
         files = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
+    drawn = (to_uint8(full_image(G, z[None], *spans)) for z in latents(seeds, G.config.z_dim))
+    drawn = data.counted(drawn, len(seeds), "images")
     for name, some in files.items():
-        images = to_uint8(full_image(G, latents(some, G.config.z_dim), *spans))
+        images = np.concatenate([*itertools.islice(drawn, len(some))])
         make_folder(name.parent)
         save_picture(grid(enlarge(images, args.zoom or (None if name == out else 1))), name)
     print(f"{out}: {len(seeds)} images, from {path}")
@@ -1171,6 +1274,16 @@ def sample(args: argparse.Namespace) -> int:
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as UserError: one line, as all others."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_help())
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.8)
+            self.error(
+                " ".join(["unrecognized arguments:", *unknown, *(f"(did you mean {n}?)" for n in near)])
+            )
+        return namespace, unknown
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
@@ -1186,6 +1299,14 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width of a text HEIGHTxWIDTH, or one number for both."""
+    if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH in pixels, like 64x96, and no number")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def run_command(parser: Parser, act, argv: list[str] | None) -> int:
@@ -1214,12 +1335,24 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
 GROUPS = dict(height="model", lambda_gp="losses and optimisation", data="images")  # by their first fields
 
 
-def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) -> list[Parser]:
+def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Config, PRESETS=PRESETS):
     """Add the commands train and sample, with the flags that each system has; returns their parsers."""
+
+    def help_or_train(args: argparse.Namespace) -> int | None:
+        if not args.help:
+            return train(args)
+        name = choose_preset(args, choose_device(args.device, args.impl))
+        for field, value in (dataclasses.asdict(Config()) | PRESETS[name]).items():
+            by_field[field].help += f" (default: {value})"
+        train_parser.description = f"Train a model. The defaults below are those of the preset {name}."
+        return train_parser.print_help()
+
     commands = parser.add_subparsers(dest="command", required=True)
-    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False)
+    train_parser = commands.add_parser("train", help="train a model", allow_abbrev=False, add_help=False)
     train_parser.usage = f"{train_parser.prog} [options]"
-    add = train_parser.add_argument
+    train_parser.epilog = f"example: {train_parser.prog} --data ./photographs --steps 20000"
+    add, by_field = train_parser.add_argument, {}
+    add("-h", "--help", action="store_true", help="show this help, with the defaults for the flags given")
     text = f"{', '.join(PRESETS)} (default: by device and data)"
     add("--preset", choices=PRESETS, metavar="NAME", help=text)
     add("--run", metavar="DIR", help="folder of the run (default: the next free runs/<preset>-NNN)")
@@ -1230,37 +1363,39 @@ def add_commands(parser: Parser, train, sample, Config=Config, PRESETS=PRESETS) 
     add("--save-every", type=positive, default=1000, metavar="N", help="between checkpoints (default: 1000)")
     add("--keep", type=positive, default=2, metavar="N", help="newest checkpoints to keep (default: 2)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
-    by_preset, groups = {name for preset in PRESETS.values() for name in preset}, dict(GROUPS)
     for field in dataclasses.fields(Config):
-        if field.name in groups:
-            add = train_parser.add_argument_group(groups[field.name]).add_argument
+        if field.name in GROUPS:
+            add = train_parser.add_argument_group(GROUPS[field.name]).add_argument
+        if field.name == "height":
+            add("--image-size", type=image_size, metavar="HEIGHTxWIDTH", help="both, or one number for both")
         allowed, options = field.metadata["allowed"], dict(action=argparse.BooleanOptionalAction)
         if field.type != "bool":
             values = "|".join(allowed) if field.type == "str" and allowed else None
             kind, letter = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}[field.type]
             options = dict(type=kind, metavar=values or letter)
-        default = "by preset" if field.name in by_preset else field.default
-        text = f"{field.metadata['help']} (default: {default})"
-        add(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=text, **options)
+        options |= dict(dest=field.name, default=argparse.SUPPRESS, help=field.metadata["help"])
+        by_field[field.name] = add(flag(field.name), **options)
 
     sample_parser = commands.add_parser("sample", help="sample from a trained model", allow_abbrev=False)
     sample_parser.usage = f"{sample_parser.prog} [options]"
+    sample_parser.epilog = f"example: {sample_parser.prog} --seed 0 1 4 --out runs/three.png"
     add = sample_parser.add_argument
     add("--checkpoint", metavar="FILE|RUN", help="default: the newest")
     add("--seed", type=natural, nargs="+", default=[0], metavar="N", help="which images, or the first one")
-    add("--count", type=positive, metavar="N", help="images from one --seed on (default: 16; 1 panorama)")
+    add("--count", type=positive, metavar="N", help="images from one --seed on (default: 16)")
     add("--out", metavar="FILE|DIR/", help="a picture, or a folder for one per seed (default: in the run)")
-    for command, act in ((train_parser, train), (sample_parser, sample)):
+    for command, act in ((train_parser, help_or_train), (sample_parser, sample)):
         command.set_defaults(act=act)
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+        command.add_argument("--gpu", dest="device", action="store_const", const="cuda", help="--device cuda")
         text = "auto: Triton's kernels on a GPU; torch: PyTorch alone"
         command.add_argument("--impl", default="auto", choices=("auto", "torch"), help=text)
     return [train_parser, sample_parser]
 
 
 def build_parser() -> Parser:
-    text = "COCO-GAN: train on images, and sample full images. To begin: coco_gan.py train"
-    parser = Parser(prog="coco_gan.py", description=text)
+    text = "COCO-GAN: train on images, and sample full images. To begin: python coco_gan.py train"
+    parser = Parser(prog="python coco_gan.py", description=text)
     parser.add_argument("--version", action="version", version=f"COCO-GAN {__version__}")
     train_parser, sample_parser = add_commands(parser, train, sample)
     add = train_parser.add_argument

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import io
 import itertools
+import json
 import math
 import mmap
 import os
@@ -22,6 +23,7 @@ import stat
 import sys
 import tarfile
 import threading
+import time
 import warnings
 import zipfile
 from collections import Counter, deque
@@ -39,7 +41,7 @@ FORMATS = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older ones ha
 # Folders of other programs, beside those whose names begin with a dot, and a mark in those of this one.
 SYSTEM = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 MARK = ".made-by-coco-gan"
-CROPS = ("center", "celeba", "squash", "celeba-syn")
+CROPS = ("auto", "center", "celeba", "squash", "celeba-syn")
 CACHE_VERSION = 3  # raise it when the same input gives other pixels than before
 MAX_PIXELS = 2**28  # 16,384 x 16,384
 MAX_FILE_BYTES = 6 * MAX_PIXELS  # three 16-bit values for each
@@ -91,6 +93,27 @@ def make_folder(path: Path) -> None:
         (folder / MARK).touch()
 
 
+# ---- On a terminal, a line that is renewed -----------------------------------------------------------------
+
+
+def progress(text: str = "") -> None:
+    """Renew the line on a terminal, and nowhere else. Without a text, clear it."""
+    if sys.stderr.isatty():
+        print(f"\r{text:40}" + "\r" * (not text), end="", file=sys.stderr, flush=True)
+
+
+def counted(items: Iterable, count: int, what: str) -> Iterator:
+    """The items, which are made as they are asked for. From the third second on, `progress` counts them."""
+    due = time.monotonic() + 2
+    for done, item in enumerate(items, 1):
+        if done == count:
+            progress()
+        elif time.monotonic() > due:
+            progress(f"{done:,} of {count:,} {what}")
+            due = time.monotonic() + 0.2
+        yield item
+
+
 # ---- Loading -----------------------------------------------------------------------------------------------
 
 
@@ -99,7 +122,7 @@ def load_images(
     height: int,
     width: int,
     *,
-    crop: str = "center",
+    crop: str = "auto",
     cache: str | Path = "cache",
     seed: int = 0,
     toy_count: int = 4096,
@@ -110,8 +133,9 @@ def load_images(
         source: a folder or a zip of photographs, or one of TOYS.
         height, width: size of every image in pixels.
         crop: "center", the largest centred rectangle of the right shape; "celeba", the paper's rows 50 to 177
-            and columns 25 to 152 of an aligned 178 x 218 image; "celeba-syn", the same, moved by
-            `displacement` for each image; "squash", the whole image, out of shape.
+            and columns 25 to 152 of an aligned 218 x 178 image; "celeba-syn", the same, moved by
+            `displacement` for each image; "squash", the whole image, out of shape; "auto", "celeba" for
+            square images of a source where all are 218 x 178, and "center" for all others.
         cache: folder of the decoded file; seed: of the displacements; toy_count: how many toys to draw.
 
     Returns: np.memmap (n, height, width, 3), uint8, RGB, in the order of the sorted names.
@@ -119,7 +143,7 @@ def load_images(
     """
     source = os.path.expanduser(source)
     if source in TOYS:
-        if crop != "center":
+        if crop not in ("auto", "center"):
             raise UserError(f"--crop {crop} is for photographs; leave it out, for {source} needs no crop")
         names, identity = [], [source, toy_count]
     else:
@@ -132,16 +156,21 @@ def load_images(
     for found in sorted(path.parent.glob(f"*-{key}.npy")):  # wherever the source was then
         with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: made anew
             return open_map(found)
+    originals = []  # of each image height, width and the share that the crop keeps
     if source in TOYS:
         images = itertools.chain.from_iterable(TOYS[source](toy_count, height, width))
     elif names:
-        images = decode_all(names, read, height, width, crop, seed)
+        if crop == "auto" and not (height == width and are_celeba(names, read)):
+            crop = "center"
+        images = decode_all(names, read, height, width, crop, seed, originals)
     else:
         raise UserError(f"--data {source} holds no image; looked for .jpg, .png and what else Pillow reads")
     make_folder(path.parent)
     with atomic(path) as file:
         file.write(bytes(128))  # of the header, which NumPy pads to a multiple of 64
         count = sum(file.write(np.ascontiguousarray(image)) > 0 for image in images)
+        each = [(*original, n) for original, n in Counter(originals).items()]
+        file.write(json.dumps(each).encode())  # where np.load does not look, for `report_originals`
         header = io.BytesIO()
         shape = dict(descr="|u1", fortran_order=False, shape=(count, height, width, 3))
         np.lib.format.write_array_header_1_0(header, shape)
@@ -159,6 +188,23 @@ def open_map(path: Path) -> np.ndarray:
     if hasattr(mmap, "MADV_RANDOM"):
         images._mmap.madvise(mmap.MADV_RANDOM)  # batches jump about, so reading ahead is wasted
     return images
+
+
+def report_originals(images: np.ndarray) -> bool:
+    """Tell of which sizes the images of `load_images` were, and what the crop keeps of them.
+
+    Returns: whether most of them are at least twice as wide as high. Of toys nothing is told.
+    """
+    with open(images.filename, "rb") as file:
+        file.seek(images.offset + images.nbytes)
+        originals = json.loads(file.read() or "[]")  # a cache of an older version ends with the images
+    if not originals:
+        return False
+    heights, widths, kept, counts = zip(*originals)
+    sides = (f"{min(s):,}" if min(s) == max(s) else f"{min(s):,}-{max(s):,}" for s in (heights, widths))
+    share = sum(k * n for k, n in zip(kept, counts)) / sum(counts)
+    print(f"photographs of {' x '.join(sides)} pixels; the crop keeps {100 * share:.0f} %")
+    return sum(n for h, w, _, n in originals if w >= 2 * h) > sum(counts) / 2
 
 
 def release_pages(images: np.ndarray) -> None:
@@ -351,21 +397,36 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def decode_all(names, read, height: int, width: int, crop: str, seed: int) -> Iterator[np.ndarray]:
-    """The images that can be decoded, in order. Others are counted and the first five named, on stderr."""
+def are_celeba(names, read) -> bool:
+    """Whether all images have the 218 x 178 pixels of the aligned CelebA; if so, says which crop they get."""
+    sizes = in_threads(lambda name: Image.open(io.BytesIO(read(name)), formats=FORMATS).size, names)
+    found = all(size == (178, 218) or isinstance(size, str) for size in sizes)  # until one differs
+    if found:
+        print("all images are 218 x 178, as the aligned CelebA, and get the paper's crop:")
+        print("rows 50 to 177, columns 25 to 152; --crop center cuts out the middle")
+    return found
+
+
+def decode_all(names, read, height: int, width: int, crop: str, seed: int, originals) -> Iterator[np.ndarray]:
+    """The images that can be decoded, in order. Others are counted and the first five named, on stderr.
+
+    Args: originals: a list, to which height, width and kept share of each image are added.
+    """
 
     def decode(name: str) -> np.ndarray:
-        return decode_image(read(name), height, width, crop, *displacement(seed, name))
+        return decode_image(read(name), height, width, crop, *displacement(seed, name), originals)
 
     skipped = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 200,000 images have much to warn of
-        for done, (name, image) in enumerate(zip(names, in_threads(decode, names)), 1):
+        decoded = counted(zip(names, in_threads(decode, names)), len(names), "images decoded")
+        for done, (name, image) in enumerate(decoded, 1):
             if isinstance(image, str):
                 skipped.append(f"{name!r}: {image}")
             else:
                 yield image
             if done % 10_000 == 0 or done == len(names):
+                progress()
                 print(f"{done:,} of {len(names):,} images decoded", file=sys.stderr, flush=True)
     if len(skipped) == len(names):
         raise UserError(f"--data: none of the {len(names):,} images can be used; the first: {skipped[0]}")
@@ -388,18 +449,23 @@ def displacement(seed: int, name: str) -> tuple[int, int]:
     return dx, dy
 
 
-def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, dy: int = 0) -> np.ndarray:
+def decode_image(
+    data: bytes, height: int, width: int, crop: str, dx: int = 0, dy: int = 0, originals: list | None = None
+) -> np.ndarray:
     """Turn the bytes of an image file into upright RGB pixels of one size: (height, width, 3) uint8.
 
-    Args: crop: see `load_images`; dx, dy: how far to the right and down "celeba-syn" moves it, in pixels.
+    Args: crop: see `load_images`; dx, dy: how far to the right and down "celeba-syn" moves it, in pixels;
+    originals: a list, to which the height and the width of the image and the share that is kept are added.
     Raises: ValueError where "celeba" or "celeba-syn" does not fit, and what Pillow raises.
     """
     enough = (2 * max(height, width),) * 2  # for the best resampling
     image = read_rgb(data, None if crop.startswith("celeba") else enough)
     w, h = image.size
+    if crop == "auto":
+        crop = "celeba" if (w, h) == (178, 218) and height == width else "center"
     if crop in ("celeba", "celeba-syn"):
         if (w, h) != (178, 218):
-            raise ValueError(f"is {w} x {h}, but --crop {crop} needs the aligned 178 x 218")
+            raise ValueError(f"is {h} x {w}, but --crop {crop} needs the aligned 218 x 178")
         left, top = (25 + dx, 50 + dy) if crop == "celeba-syn" else (25, 50)
         box = (left, top, left + 128, top + 128)
     elif crop == "squash":
@@ -408,12 +474,18 @@ def decode_image(data: bytes, height: int, width: int, crop: str, dx: int = 0, d
         box_w, box_h = min(w, max(1, h * width // height)), min(h, max(1, w * height // width))
         left, top = (w - box_w) // 2, (h - box_h) // 2  # whole pixels: an image that fits is not blurred
         box = (left, top, left + box_w, top + box_h)
+    if originals is not None:
+        scale, kept = image.info["scale"], (box[2] - box[0]) * (box[3] - box[1]) / (w * h)
+        originals.append((h * scale, w * scale, kept))
     # Lanczos averages where it reduces. The gap lets Pillow average large photographs cheaply first.
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
 
 
 def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image file as upright sRGB; a JPEG far larger than (width, height) enough comes smaller."""
+    """Read an image file as upright sRGB; a JPEG far larger than (width, height) enough comes smaller.
+
+    How many times smaller is in its info["scale"].
+    """
     if not data:
         raise ValueError("is empty")
     if data.startswith(b"version https://git-lfs"):
@@ -422,11 +494,13 @@ def read_rgb(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
     # Each scan goes over all pixels, however few bytes it has: a megabyte of them would take many minutes.
     scans, pixels = data.count(b"\xff\xda") if image.info.get("progressive") else 1, math.prod(image.size)
     if pixels > MAX_PIXELS or pixels * scans > MAX_SCANNED:
-        raise ValueError(f"has {image.width} x {image.height} pixels, scanned {scans} times")
+        raise ValueError(f"has {image.height} x {image.width} pixels, scanned {scans} times")
     if enough and image.width % 8 == image.height % 8 == 0:  # whole blocks, which shrink exactly
         image.draft(None, enough)
     with ONE_LARGE if math.prod(image.size) > LARGE else contextlib.nullcontext():
-        return to_srgb(image)
+        image = to_srgb(image)
+    image.info["scale"] = round(math.sqrt(pixels / math.prod(image.size)))
+    return image
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

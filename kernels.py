@@ -108,8 +108,10 @@ class ConditionalBatchNorm(nn.Module):
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(2 * channels, condition)))
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
-    def forward(self, x, condition, relu=False):  # (B, C, h, w), (B, condition) -> (B, C, h, w)
-        gamma, beta = F.linear(condition, self.weight, self.bias).chunk(2, dim=1)  # (B, C) each
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, relu: bool = False) -> torch.Tensor:
+        """(B, C, h, w), (B, condition) -> (B, C, h, w)."""
+        affine = F.linear(condition, self.weight, self.bias).to(x.dtype)
+        gamma, beta = affine.chunk(2, dim=1)  # (B, C) each
         norm = self.norm
         if self.training:
             norm.num_batches_tracked.add_(1)
@@ -118,7 +120,17 @@ class ConditionalBatchNorm(nn.Module):
 
 
 def conditional_batch_norm(
-    x, gamma, beta, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, relu=False, impl="auto"
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """o = γ · (x - μ) / √(σ² + eps) + β, γ and β of each sample its own; then max(o, 0) if `relu`.
 
@@ -300,7 +312,15 @@ class _CBN(torch.autograd.Function):
 
 
 # ---- φ (section 2, "a concatenation function") -----------------------------------------------------------
-def merge_patches(patches, rows, columns, *, tanh=False, dtype=None, impl="auto") -> torch.Tensor:
+def merge_patches(
+    patches: torch.Tensor,
+    rows: int,
+    columns: int,
+    *,
+    tanh: bool = False,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
     """φ: put micro patches side by side, without overlap, after taking their tanh if asked to.
 
     Args:
@@ -393,7 +413,16 @@ class _MergePatches(torch.autograd.Function):
 
 # ---- ψ (section 2, "a cropping transformation"), from the images as they are stored ----------------------
 def crop_patches(
-    images, index, top, left, height, width, *, mirror=None, dtype=torch.float32, impl="auto"
+    images: torch.Tensor,
+    index: torch.Tensor,
+    top: torch.Tensor,
+    left: torch.Tensor,
+    height: int,
+    width: int,
+    *,
+    mirror: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """ψ: cut a macro patch out of each of B stored images, wrapped where it crosses the border.
 

@@ -8,6 +8,7 @@ import errno
 import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ import sys
 import tarfile
 import threading
 import time
+import typing
 import zipfile
 import zlib
 from pathlib import Path
@@ -120,6 +122,14 @@ def test_presets_are_valid(name):
     Config(**coco_gan.PRESETS[name]).check()
 
 
+def test_weights_are_the_papers_or_those_of_its_authors_code():
+    assert Config().loss_weights == (10, 100, 100)
+    assert Config(**coco_gan.PRESETS["tiny"]).loss_weights == (1, 1, 10)
+    for preset, k, values in (("celeba64", 9.798, 2), ("celeba128-n16", 13.856, 2), ("panorama", 19.596, 3)):
+        found = Config(**coco_gan.PRESETS[preset]).loss_weights
+        assert found == pytest.approx((10 / k, 100 / k / values, 100 / k), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -130,7 +140,7 @@ def test_presets_are_valid(name):
         (dict(lr_g=float("nan")), "--lr-g nan is out of range"),
         (dict(S="16"), "--S is '16'; it must be of type int"),
         (dict(precision="float8"), "--precision float8 is unknown; give auto, fp32, tf32, bf16"),
-        (dict(crop="centre"), "--crop centre is unknown; give center"),
+        (dict(crop="centre"), "--crop centre is unknown; give auto, center"),
         (dict(topology="sphere"), "--topology sphere is unknown; give plane, cylinder, torus"),
         (dict(yaw=True), "--yaw turns images whose borders meet; add --topology cylinder or torus"),
     ],
@@ -344,6 +354,16 @@ def test_batches_are_real_crops_at_their_coordinates(mirror):
     torch.testing.assert_close(c_micro.view(200, 6, 2)[:, 0, 0], (c_macro[:, 0] - 0.5) / 1.5)
 
 
+def test_images_too_many_for_a_gpu_are_cut_on_the_cpu():
+    """The patches that are copied, as bytes, make the batch that the images on the GPU would make."""
+    images = torch.randint(256, (5, 16, 24, 3), dtype=torch.uint8)
+    index, top, left = torch.tensor([[4, 0, 1, 1], [0, 13, -3, 4], [12, -5, 20, 31]])
+    patches, zeros = coco_gan.cut_bytes(images, index, top, left, 8, 12), torch.zeros(4, dtype=torch.int64)
+    assert patches.dtype == torch.uint8
+    x = kernels.crop_patches(patches, torch.arange(4), zeros, zeros, 8, 12, mirror=index > 0)
+    assert torch.equal(x, kernels.crop_patches(images, index, top, left, 8, 12, mirror=index > 0))
+
+
 @pytest.mark.parametrize("yaw", [False, True])
 @pytest.mark.parametrize("config", [CYLINDER, TORUS])
 def test_batches_wrap_around_and_are_turned(config, yaw):
@@ -401,7 +421,8 @@ def test_each_update_changes_its_own_parameters(guided, monkeypatch):
 @pytest.mark.parametrize("guided", [False, True])
 def test_gradients_are_those_of_the_objectives(guided, monkeypatch):
     """D and A descend -L_W + λ L_GP + α L_S(x'), G then L_W + α L_S(s'); with Q all descend L_Q(s'), too."""
-    config = dataclasses.replace(UNEVEN, precision="fp32", lambda_gp=3.0, alpha_s=7.0, alpha_q=30.0)
+    config = dataclasses.replace(UNEVEN, precision="fp32", weights="scaled")  # with k = √(12 · 3) = 6
+    config = dataclasses.replace(config, lambda_gp=18.0, alpha_s=84.0, alpha_q=180.0)  # 3, 7 and 30
     gan = COCOGAN(dataclasses.replace(config, guided=guided, lr_g=0.01, lr_d=0.02), CPU)
     batch = x, c, c_micro, z, epsilon = draw(config, random_images(config))
     assert len({*map(tuple, c.tolist())}) > 1
@@ -525,8 +546,21 @@ def test_precision_is_what_the_device_is_made_for(bf16, monkeypatch):
     x, c, *_ = draw(UNEVEN, random_images(UNEVEN))
     seen = []
     gan.D.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    score, h = coco_gan.apply_network(gan, gan.D, dict(gan.D.named_parameters()), x, c)
+    score, h = functional_call(gan.D, coco_gan.cast(gan, dict(gan.D.named_parameters())), (x, c))
     assert (seen, score.dtype, h.dtype) == ([torch.bfloat16], torch.float32, torch.float32)
+
+
+def test_coordinates_are_not_rounded_to_bfloat16():
+    gan = COCOGAN(dataclasses.replace(UNEVEN, precision="bf16"), CPU)
+    G, D = (coco_gan.cast(gan, dict(net.named_parameters())) for net in (gan.G, gan.D))
+    c = torch.tensor([[0.5, 0.5], [0.5, 0.501]])
+    assert c.bfloat16()[0].equal(c.bfloat16()[1])
+    z, x = torch.ones(2, 8), torch.ones(2, 16, 3, 3, dtype=torch.bfloat16) + torch.arange(3).bfloat16()
+    with torch.no_grad():
+        by_cbn = gan.G.blocks[0].cbn(x, torch.cat([z, c], dim=1))
+        s_micro = functional_call(gan.G, G, (z, c), dict(tanh=False))
+        scores = functional_call(gan.D, D, (torch.ones(2, 3, 8, 12), c))[0]
+    assert not any(one.equal(other) for one, other in (by_cbn, s_micro, scores))
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
@@ -594,6 +628,8 @@ def test_pictures_are_laid_out_row_by_row_on_white(here):
 def test_a_run_leaves_what_it_promises(trained):
     names = {path.name for path in trained.iterdir()} - {".lock", data.MARK}
     pictures = {"real.png", "real-macro.png", "sample-000000000.png", "sample-000000004.png"}
+    if importlib.util.find_spec("matplotlib") is not None:
+        pictures.add("indicators.png")
     assert names == pictures | {
         "latest.png",
         "progress.gif",
@@ -671,6 +707,8 @@ def test_a_run_that_has_done_its_steps_is_done(copied, capsys):
     assert "done: run/latest.png" in capsys.readouterr().out
     kept = {path.name: path.read_bytes() for path in copied.iterdir() if path.name in before}
     assert kept == before
+    (copied / "log.jsonl").write_text("broken\n")  # indicators.png is left out
+    assert coco_gan.main(["train", "--resume", "run", "--device", "cpu"]) == 0
 
 
 def test_new_images_are_told_and_taken_by_a_run_from_the_old_one(here, capsys):
@@ -852,6 +890,10 @@ def test_a_gpu_that_cannot_be_used_is_passed_over(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(
         "cuda cannot be used (CUDA error: no kernel image is available);"
     )
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert coco_gan.choose_device("auto") == CPU
+    assert capsys.readouterr().out.startswith("PyTorch finds no GPU that it can use")
 
 
 def test_the_progress_of_a_long_run_has_50_small_frames_at_most(here):
@@ -1004,6 +1046,18 @@ def test_celeba_crop_takes_rows_50_to_177_and_columns_25_to_152():
     np.testing.assert_array_equal(moved, coordinates(218, 178)[75:203, 0:128])
     halved = data.decode_image(aligned, 64, 64, "celeba")[[0, 31, 63], [0, 31, 63]]
     np.testing.assert_allclose(halved, [[50, 25, 0], [112, 87, 0], [176, 151, 0]], atol=1)
+
+
+def test_auto_crops_as_the_paper_where_all_images_are_aligned_celeba(here, capsys):
+    faces, other = encode(coordinates(218, 178)), encode(coordinates(218, 180))
+    source = fill(here / "photos", {"a.png": faces, "b.png": faces, "c.png": b"damaged"})
+    cut = coordinates(218, 178)[50:178, 25:153]
+    np.testing.assert_array_equal(load(source, 128, 128), [cut, cut])
+    assert "get the paper's crop:\nrows 50 to 177, columns 25 to 152" in capsys.readouterr().out
+    assert load(source, 218, 178).shape == (2, 218, 178, 3)  # not of square images
+    fill(here / "photos", {"d.png": other})
+    np.testing.assert_array_equal(load(source, 128, 128)[0], data.decode_image(faces, 128, 128, "center"))
+    assert "crop" not in capsys.readouterr().out
 
 
 def test_squash_takes_all_of_the_image():
@@ -1336,9 +1390,9 @@ def test_large_photographs_are_read_reduced_and_larger_ones_refused(here, capsys
     np.testing.assert_allclose(images[0, :, [8, 24]], [[[0, 0, 255]] * 32, [[200, 100, 50]] * 32], atol=3)
     message = capsys.readouterr().err
     assert "'b.png': image file is truncated" in message  # within the limit: it was tried
-    assert "'c.png': has 16385 x 16384 pixels" in message
+    assert "'c.png': has 16384 x 16385 pixels" in message
     faces = encode(Image.new("RGB", (178 * 8, 218 * 8)), "JPEG")
-    with pytest.raises(ValueError, match="is 1424 x 1744, but --crop celeba needs"):
+    with pytest.raises(ValueError, match="is 1744 x 1424, but --crop celeba needs"):
         data.decode_image(faces, 64, 64, "celeba")  # not reduced to the size that it should have
     with Image.open(io.BytesIO(files["a.jpg"])) as image:
         assert data.read_rgb(files["a.jpg"], (64, 64)).size == (image.width // 8, image.height // 8)
@@ -1410,6 +1464,40 @@ def test_with_64_cores_there_are_at_most_16_threads(monkeypatch):
         return threading.active_count()
 
     assert max(data.in_threads(work, range(300))) - before <= 16
+
+
+def test_originals_are_reported_from_the_cache_too(here, capsys):
+    def jpeg(height, width, orientation=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        return encode(np.zeros((height, width, 3), np.uint8), "JPEG", exif=exif)
+
+    phone = {"a.jpg": jpeg(1600, 1200), "b.jpg": jpeg(1600, 1200), "c.jpg": jpeg(800, 1600, orientation=6)}
+    upright = fill(here / "upright", phone)
+    wide = fill(here / "wide", {"a.jpg": jpeg(20, 40), "b.jpg": jpeg(20, 60), "c.jpg": jpeg(20, 39)})
+    for source, crop, line, panoramas in (
+        (upright, "center", "photographs of 1,600 x 800-1,200 pixels; the crop keeps 67 %", False),
+        (wide, "squash", "photographs of 20 x 39-60 pixels; the crop keeps 100 %", True),
+    ):
+        for _ in range(2):  # decoded, and from the cache
+            images = load(source, 16, 16, crop=crop)
+            capsys.readouterr()
+            assert data.report_originals(images) == panoramas
+            assert capsys.readouterr().out == f"{line}\n"
+    assert not data.report_originals(load("toy:faces", toy_count=3)) and capsys.readouterr().out == ""
+
+
+def test_few_images_and_panoramas_on_a_plane_are_told(here, capsys):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    source, heard = fill(here / "wide", {f"{i}.png": encode(pixels) for i in range(3)}), []
+    for config in (UNEVEN, CYLINDER):
+        config = flags(dataclasses.replace(config, data=source, steps=1, holdout=1))
+        assert coco_gan.main(["train", "--device", "cpu", *config]) == 0
+        out = capsys.readouterr().out
+        assert "2 images of 16 x 24, 1 held out" in out
+        assert max(map(len, out.splitlines())) <= 79
+        heard.append(["fewer than 1,000 images" in out, "add --panorama" in out])
+    assert heard == [[True, True], [True, False]]
 
 
 def test_release_pages_frees_memory_and_loses_nothing(here):
@@ -1953,6 +2041,18 @@ def test_sample_draws_one_picture_per_seed_into_a_folder(copied):
     assert np.array_equal(picture("a/b/seed-000004.png"), image)
 
 
+def test_work_is_counted_on_a_terminal_only(copied, monkeypatch, capsys):
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    command = ["sample", "--checkpoint", "run", "--device", "cpu", "--count", "3"]
+    assert coco_gan.main(command) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert coco_gan.main(command) == 0
+    lines = ["1 of 3 images", "2 of 3 images", ""]  # the last one clears them
+    assert capsys.readouterr().err == "".join(f"\r{line:40}" for line in lines) + "\r"
+    assert [*data.counted("abc", 3, "letters")] == ["a", "b", "c"]
+
+
 def test_panoramas_are_sampled_with_turns(here):
     assert (
         coco_gan.main(
@@ -1980,15 +2080,28 @@ def test_presets_go_by_device_and_data(words, preset, here, monkeypatch):
         coco_gan.main(["train", "--device", "cpu", *words.split()])
     expected = Config(**coco_gan.PRESETS[preset])
     assert seen == [dataclasses.replace(expected, data="photos") if "photos" in words else expected]
-    gpu = {(True, "panorama"), (False, "celeba64")}
-    assert {(p, coco_gan.default_preset(p, torch.device("cuda"), {})) for p in (True, False)} == gpu
+    for panorama, on_gpu in ((True, "panorama"), (False, "celeba64")):
+        args = SimpleNamespace(preset=None, panorama=panorama)
+        assert coco_gan.choose_preset(args, torch.device("cuda")) == on_gpu
+
+
+@pytest.mark.parametrize("words, size", [("64x96", (64, 96)), ("48", (48, 48))])
+def test_image_size_is_height_x_width(words, size, here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(coco_gan, "load_stored", lambda config, cache: seen.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        coco_gan.main(["train", "--device", "cpu", "--image-size", words])
+    assert (seen[0].height, seen[0].width) == size
 
 
 BAD = [
     ("train --preset tinny", "argument --preset: invalid choice: 'tinny'"),
     ("train --steps many", "argument --steps: invalid int value: 'many'"),
     ("train --log-every 0", "argument --log-every: '0' is no whole number from 1 on"),
-    ("train --hight 64", "unrecognized arguments: --hight 64; see coco_gan.py --help"),
+    ("train --hight 64", "--hight 64 (did you mean --height?); see python coco_gan.py train --help"),
+    ("sample --lambda-gp=3", "unrecognized arguments: --lambda-gp=3; see python coco_gan.py sample --help"),
+    ("train --image-size 64x", "argument --image-size: '64x' is no HEIGHTxWIDTH"),
+    ("train --gpu", "--device cuda is not available; give auto, cpu, cuda"),
     ("train --data nowhere", "--data nowhere does not exist"),
     ("train --holdout 5000", "--holdout 5000 leaves none of 4096 images"),
     ("train --graph", "--graph is for a single process on a GPU; leave it out"),
@@ -2011,7 +2124,7 @@ BAD = [
 @pytest.mark.parametrize("command, message", BAD)
 def test_bad_input_ends_in_one_line(command, message, here, capsys):
     Path("photo.jpg").write_bytes(b"no photograph")
-    device = [] if "--device" in command or not command else ["--device", "cpu"]
+    device = [] if "--device" in command or "--gpu" in command else ["--device", "cpu"]
     assert coco_gan.main([*command.split(), *device]) == 2
     *progress, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error
@@ -2026,15 +2139,26 @@ def test_no_arguments_print_the_help(monkeypatch, capsys):
     assert "sample from a trained model" in capsys.readouterr().out
 
 
-def test_every_field_has_a_flag(capsys):
-    with pytest.raises(SystemExit):
-        coco_gan.main(["train", "--help"])
+@pytest.mark.parametrize(
+    "words, preset",
+    [("", "tiny"), ("--help --data photos", "small"), ("--preset celeba128-n16", "celeba128-n16")],
+)
+def test_help_has_every_field_with_the_default_that_train_would_take(
+    words, preset, here, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert coco_gan.main(["train", "--device", "cpu", "--help", *words.split()]) == 0 and not os.listdir()
     text = capsys.readouterr().out
-    assert all(coco_gan.flag(field.name) in text for field in dataclasses.fields(Config))
+    assert max(map(len, text.splitlines())) <= 79 and "example: python coco_gan.py train --" in text
+    for name, value in vars(Config(**coco_gan.PRESETS[preset])).items():
+        entry = re.search(rf"\n  {coco_gan.flag(name)}\b.*?\(default:\s+(\S+)\)", text, re.DOTALL)
+        assert entry[1] == str(value), name
 
 
 def test_the_three_files_import_flat_and_from_a_package(here):
-    code = "from {}coco_gan import *; print(full_image(load(), latents([0])).shape)"
+    code = "from {}coco_gan import *; print(full_image(load(), latents([0])).shape); "
+    small = ["train", "--run", "run", "--device", "cpu", *flags(dataclasses.replace(UNEVEN, steps=1))]
+    code += f"print(main({small}))"  # without experiments/
     for folder, package in (("flat", ""), ("cocogan", "cocogan.")):
         os.mkdir(folder)
         for name in ("coco_gan.py", "kernels.py", "data.py"):
@@ -2044,7 +2168,9 @@ def test_the_three_files_import_flat_and_from_a_package(here):
         result = subprocess.run(
             [sys.executable, "-c", code.format(package)], cwd=cwd, capture_output=True, text=True
         )
-        assert result.stdout == "torch.Size([1, 3, 64, 64])\n", result.stderr
+        *lines, status = result.stdout.splitlines()
+        assert lines[0] == "torch.Size([1, 3, 64, 64])" and status == "0", result.stderr
+        assert not (here / cwd / "run/indicators.png").exists()
 
 
 def test_each_section_uses_only_what_stands_above_it():
@@ -2053,7 +2179,7 @@ def test_each_section_uses_only_what_stands_above_it():
     for name, node in names.items():
         used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & names.keys()
         assert name == "main" or [other for other in used if names[other].lineno > node.lineno] == []
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("experiments" in ast.unparse(node) for node in imports)
 
 
@@ -2117,6 +2243,18 @@ def test_the_notebook_runs_from_top_to_bottom(here, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in cells]
     assert shown == [False] + [True] * (len(cells) - 1)
+
+
+NAMED = [coco_gan.load, coco_gan.latents, coco_gan.full_image, coco_gan.pictures, kernels.merge_patches]
+NAMED += [kernels.crop_patches, kernels.conditional_batch_norm]
+NAMED += [kernels.ConditionalBatchNorm.__init__, kernels.ConditionalBatchNorm.forward]
+
+
+@pytest.mark.parametrize("function", NAMED, ids=lambda function: function.__qualname__)
+def test_what_the_readme_names_has_type_hints(function):
+    names = {*inspect.signature(function).parameters, "return"} - {"self"}
+    hints = typing.get_type_hints(function)
+    assert hints.keys() | {"return"} == names and (function.__name__ == "__init__" or "return" in hints)
 
 
 def test_python_examples_of_the_readme(here):

@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--preset", default="tiny", choices=PRESETS, help="what they are variants of (default: tiny)")
     add("--data", metavar="PATH", help="folder or zip of photographs (default: the preset's)")
-    add("--crop", choices=CROPS, help="default: center")
+    add("--crop", choices=CROPS, help="default: auto")
     add("--holdout", type=natural, metavar="N", help="images kept out of training, to compare with")
     add("--precision", help="auto, fp32, tf32 or bf16 (default: auto)")
     add("--count", type=positive, default=2048, metavar="N", help="images of each set (default: 2048)")

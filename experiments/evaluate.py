@@ -48,7 +48,7 @@ from coco_gan import (
     split,
     to_uint8,
 )
-from data import UserError, load_images, release_pages, write_file
+from data import UserError, counted, load_images, release_pages, write_file
 from experiments import metrics
 
 RELIABLE_COUNT = 2000
@@ -101,10 +101,11 @@ def generate(G: Generator, count: int, seed: int, folder: str | Path) -> np.ndar
     """The images of latents of seeds from seed · 10⁶ on: uint8 (count, H, W, 3), in a temporary file."""
     H, W, first = G.config.height, G.config.width, seed * MOST_IMAGES
     with tempfile.TemporaryFile(dir=folder) as file:
-        at_once = max(1, IMAGE_PIXELS_AT_ONCE // (H * W))
-        for i in range(first, first + count, at_once):
-            z = latents(range(i, min(i + at_once, first + count)), G.config.z_dim)
-            file.write(to_uint8(full_image(G, z)).tobytes())
+        seeds, at_once = range(first, first + count), max(1, IMAGE_PIXELS_AT_ONCE // (H * W))
+        batches = [seeds[i : i + at_once] for i in range(0, count, at_once)]
+        made = (to_uint8(full_image(G, latents(some, G.config.z_dim))) for some in batches)
+        for images in counted(made, len(batches), f"batches of {at_once} images generated"):
+            file.write(images.tobytes())
         file.flush()
         return np.memmap(file, np.uint8, "r", shape=(count, H, W, 3))
 

@@ -44,38 +44,40 @@ def margin_step(gan: COCOGAN, opt_G, opt_D, margin, x_macro, c_macro, _, z, epsi
     Args: margin: of `choose_margin`; the rest: a batch of `draw_batch`. x' stays within the borders.
     """
     config, G, D, A, Q, B = gan.config, gan.G, gan.D, gan.A, gan.Q, len(z)
+    lambda_gp, alpha_s, alpha_q = config.loss_weights
     i, j = (pixels / config.S for pixels in core.sample_positions(config, gan.rng, margin))
     c_generated = core.macro_coordinates(config, i, j).to(gan.device)  # (B, c_dim), c' of s'
     c_micro = core.micro_matrix(config, i, j).to(gan.device)  # (B·N·M, c_dim)
     z_micro = z.repeat_interleave(config.N * config.M, dim=0)  # (B·N·M, z_dim)
-    s_micro = core.apply_network(gan, G, spectral_norm(G, iterate=True), z_micro, c_micro, tanh=False)
+    G_sn = core.cast(gan, spectral_norm(G, iterate=True))
+    s_micro = functional_call(G, G_sn, (z_micro, c_micro), dict(tanh=False))
     s_macro = core.merge_patches(s_micro, config.N, config.M, tanh=True, dtype=torch.float32)
     s_macro = s_macro.contiguous(memory_format=core.LAYOUT)  # (B, 3, N·S, M·S)
 
     # D: ŝ' lies between x' and s', and its coordinate between theirs (the paper does not say)
     D_sn, A_sn, Q_sn = (spectral_norm(net, iterate=True) if net else None for net in (D, A, Q))
+    D_sn = core.cast(gan, D_sn)
     s_detached, c_hat = s_macro.detach(), c_macro.lerp(c_generated, epsilon.unsqueeze(1))
-    score, h = core.apply_network(
-        gan, D, D_sn, torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_generated])
-    )
+    both = torch.cat([x_macro, s_detached]), torch.cat([c_macro, c_generated])
+    score, h = functional_call(D, D_sn, both)
     L_GP, _ = core.gradient_penalty(
-        lambda x: core.apply_network(gan, D, D_sn, x, c_hat)[0], x_macro, s_detached, epsilon
+        lambda x: functional_call(D, D_sn, (x, c_hat))[0], x_macro, s_detached, epsilon
     )
     L_S = spatial_consistency(c_macro, functional_call(A, A_sn, (h[:B],)))
-    loss = -core.wasserstein(score[:B], score[B:]) + config.lambda_gp * L_GP + config.alpha_s * L_S
+    loss = -core.wasserstein(score[:B], score[B:]) + lambda_gp * L_GP + alpha_s * L_S
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h[B:],)))
     update(opt_D, loss)
 
     # G, by way of the updated D. L_S is 0 for coordinates outside [-1, 1], which A's tanh cannot reach.
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
     D_sn, A_sn, Q_sn = ({name: p.detach() for name, p in parameters.items()} for parameters in nets)
-    score, h = core.apply_network(gan, D, D_sn, s_macro, c_generated)
+    score, h = functional_call(D, core.cast(gan, D_sn), (s_macro, c_generated))
     inside = (c_generated.abs() <= 1 + 1e-4).all(dim=1, keepdim=True)  # (B, 1)
     L_S = spatial_consistency(c_generated * inside, functional_call(A, A_sn, (h,)) * inside)
-    loss = -score.mean() + config.alpha_s * L_S
+    loss = -score.mean() + alpha_s * L_S
     if config.guided:
-        loss = loss + config.alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h,)))
+        loss = loss + alpha_q * content_consistency(z, functional_call(Q, Q_sn, (h,)))
     update(opt_G, loss)
 
 

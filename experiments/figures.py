@@ -27,6 +27,7 @@ import coco_gan as core
 from coco_gan import Config, Generator, full_image, grid, latents, micro_patches, to_uint8
 from data import (
     UserError,
+    counted,
     decode_image,
     in_threads,
     list_images,
@@ -56,12 +57,44 @@ def frame(images: np.ndarray, corner, size, colour, closed=(False, False)) -> np
     return images
 
 
-def sheet(rows) -> np.ndarray:
-    """Lay out rows of pictures (r, c, h, w, 3) uint8, as columns if the pictures are wider than high."""
+def caption(picture: np.ndarray, zoom: int, above=(), beside=()) -> np.ndarray:
+    """Enlarge a picture (h, w, 3) uint8, and write above it and to its left: (H, W, 3) uint8.
+
+    Args: above: pairs (x, text); beside: pairs (y, text), in pixels of the picture.
+    """
+    font, (image,) = ImageFont.load_default(12), core.enlarge(picture[None], zoom)
+    top = 18 if above else 0
+    left = max((math.ceil(font.getlength(text)) + 8 for _, text in beside), default=0)
+    ends = [left + x * zoom + math.ceil(font.getlength(text)) for x, text in above]
+    canvas = Image.new("RGB", (max([left + image.shape[1], *ends]), top + len(image)), "white")
+    canvas.paste(Image.fromarray(image), (left, top))
+    pen = ImageDraw.Draw(canvas)
+    for x, text in above:
+        pen.text((left + x * zoom, 1), text, "black", font)
+    for y, text in beside:
+        pen.text((0, top + y * zoom), text, "black", font)
+    return np.asarray(canvas)
+
+
+def sheet(rows, zoom: int, names, steps=()) -> np.ndarray:
+    """Lay out rows of pictures (r, c, h, w, 3) uint8, as columns if the pictures are wider than high.
+
+    Args: names: of the rows; steps: of the pictures of each row, in their order.
+    """
     rows = np.array(rows)
-    if rows.shape[3] > rows.shape[2]:
-        rows = rows.swapaxes(0, 1)
-    return grid(rows.reshape(-1, *rows.shape[2:]), rows.shape[1])
+    _, _, h, w, _ = rows.shape
+    if w > h:
+        rows, names, steps = rows.swapaxes(0, 1), steps, names
+    above, beside = (
+        [(k * (side + 2), name) for k, name in enumerate(some)] for side, some in ((w, steps), (h, names))
+    )
+    return caption(grid(rows.reshape(-1, h, w, 3), rows.shape[1]), zoom, above, beside)
+
+
+def draw_images(G: Generator, z: torch.Tensor, *part: range) -> np.ndarray:
+    """The full images of latents (n, z_dim), or the part of them in rows and columns: (n, h, w, 3) uint8."""
+    made = (to_uint8(full_image(G, one, *part)) for one in z.split(1))
+    return np.concatenate([*counted(made, len(z), "images")])
 
 
 def inside(at, last) -> tuple[int, int]:
@@ -75,9 +108,10 @@ def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
     """Three rows: full images, a macro patch of each, and the first micro patch in that (figure 3)."""
     config, S, gap = G.config, G.config.S, 8
     seeds = range(args.seed[0], args.seed[0] + args.count) if len(args.seed) == 1 else args.seed
-    images = to_uint8(full_image(G, latents(seeds, config.z_dim)))
+    images = draw_images(G, latents(seeds, config.z_dim))
     B, H, W, _ = images.shape
     height, width = config.N * S, config.M * S
+    beside = (0, "full image"), (H + gap, "macro patch"), (H + height + 2 * gap, "micro patch")
     picture = np.full((H + height + S + 2 * gap, B * (W + gap) - gap, 3), 255, np.uint8)
     starts = [(i * S, j * S) for i in range(config.R - config.N + 1) for j in range(config.K - config.M + 1)]
     for b, image in enumerate(images):
@@ -86,7 +120,9 @@ def patches(G: Generator, args: argparse.Namespace) -> np.ndarray:
         picture[:H, x : x + W] = image
         picture[H + gap :, x : x + width][:height] = s_macro
         picture[H + height + 2 * gap :, x : x + S] = s_macro[:S, :S]
-    return picture
+    return caption(
+        picture, args.zoom, [(b * (W + gap), f"seed {seed}") for b, seed in enumerate(seeds)], beside
+    )
 
 
 def method(G: Generator, args: argparse.Namespace) -> np.ndarray:
@@ -184,13 +220,12 @@ def interpolate(G: Generator, args: argparse.Namespace) -> np.ndarray | list[np.
     at = inside(args.at, (G.config.R - 1, G.config.K - 1)) if args.at else ()
     ranges = [range(index, index + 1) for index in at]  # of micro patches; none: all
 
-    def strip(z: torch.Tensor) -> list[np.ndarray]:
-        return [to_uint8(full_image(G, one, *ranges))[0] for one in z.split(1)]
-
     z, weight = latents(args.seed, G.config.z_dim), torch.linspace(0, 1, args.steps, dtype=torch.float64)
     if args.gif:
-        return [picture for a, b in zip(z, z.roll(-1, 0)) for picture in strip(slerp(a, b, weight[:-1]))]
-    return sheet([strip(slerp(a, b, weight)) for a, b in zip(z, z[1:])])
+        path = torch.cat([slerp(a, b, weight[:-1]) for a, b in zip(z, z.roll(-1, 0))])
+        return list(draw_images(G, path, *ranges))
+    strips = [draw_images(G, slerp(a, b, weight), *ranges) for a, b in zip(z, z[1:])]
+    return sheet(strips, args.zoom, [f"seeds {a} to {b}" for a, b in zip(args.seed, args.seed[1:])])
 
 
 def positions(count: int, steps: int, closed: bool) -> torch.Tensor:
@@ -218,7 +253,7 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
     i, j = (torch.tensor([[index]]) for index in inside(args.at or (last[0] // 2, last[1] // 2), last))
     y, x = (positions(n, args.steps, closed) for n, closed in zip((config.R, config.K), config.closed))
     first, blocks = S + 8, []  # first: where the patches of figure 25 begin, in both directions
-    for z in latents(args.seed, config.z_dim):
+    for seed, z in zip(args.seed, latents(args.seed, config.z_dim)):
         inner = patch_grid(G, z, y[:, None], x[None])
         block = np.full((first + len(inner), first + len(inner), 3), 255, np.uint8)
         block[first:, first:] = inner
@@ -228,7 +263,9 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
             along = slice(first + k * (S + 2), first + k * (S + 2) + S)
             block[S + 3, along] = 255 * (x[k].item() % 1 != 0)
             block[along, S + 3] = 255 * (y[k].item() % 1 != 0)
-        blocks.append(block)
+        above = ((first, f"seed {seed}, in row {i.item()} from left to right; a line: trained"),)
+        beside = (first, f"in column {j.item()}"), (first + 12 // args.zoom + 2, "downwards")
+        blocks.append(caption(block, args.zoom, above, beside))
     return grid(np.array(blocks), gap=S)
 
 
@@ -272,7 +309,8 @@ def mix(G: Generator, args: argparse.Namespace) -> np.ndarray:
     rows, z = [], latents(args.seed, G.config.z_dim)
     for a, b in zip(z, z[1:]):
         rows.append([faded_image(G, slerp(a, b, left), slerp(a, b, right)) for left, right in edges])
-    return sheet(rows)
+    names = [f"seeds {a}, {b}" for a, b in zip(args.seed, args.seed[1:])]
+    return sheet(rows, args.zoom, names, ["A", "A beside B", "A into B", "B"])
 
 
 # ---- From a patch of a photograph (section 3.5, appendix K) ------------------------------------------------
@@ -355,18 +393,16 @@ def read_photo(data: bytes, at: tuple[int, int], config: Config):
     height, width = config.N * config.S, config.M * config.S
     w, h = read_rgb(data).size  # upright
     if h < height or w < width:
-        raise ValueError(f"is {w} x {h}, smaller than a macro patch, {width} x {height}")
+        raise ValueError(f"is {h} x {w}, smaller than a macro patch, {height} x {width}")
     if (h, w) == (height, width):
         return None, decode_image(data, height, width, "squash")
-    crop = config.crop.removesuffix("-syn")  # whose displacements are for the images of a training set
-    if crop == "celeba" and (w, h) != (178, 218):
-        crop = "center"
+    crop = "auto" if config.crop.startswith("celeba") else config.crop  # "celeba" where that fits
     photo = decode_image(data, config.height, config.width, crop)
     return photo, np.roll(photo, (-at[0], -at[1]), axis=(0, 1))[:height, :width]
 
 
-def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config) -> np.ndarray:
-    """The four pictures of `guided`, side by side on white: (h, w, 3) uint8.
+def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config, zoom: int) -> np.ndarray:
+    """The four pictures of `guided`, side by side on white, with their names above: (h, w, 3) uint8.
 
     Args: photo, x_macro: of `read_photo`; s_macro (N·S, M·S, 3), full (H, W, 3); at, predicted: corners.
     """
@@ -383,12 +419,13 @@ def guided_row(photo, x_macro, s_macro, full, at, predicted, config: Config) -> 
     padded = [np.pad(patch, ((1, 1), (1, 1), (0, 0))) for patch in (x_macro, s_macro)]
     framed = [frame(patch, (1, 1), size, colour) for patch, colour in zip(padded, (edge, BLUE))]
     panels = [photo, *framed, frame(full, predicted, size, BLUE, closed)]
-    height, gap, columns = max(len(panel) for panel in panels), 6, []
-    for panel in panels:
+    height, gap, columns, above = max(len(panel) for panel in panels), 6, [], []
+    for panel, name in zip(panels, ("photograph", "its patch", "generated", "full image")):
         h, w, _ = panel.shape
+        above.append((sum(column.shape[1] for column in columns), name))
         columns.append(np.full((height, w + gap, 3), 255, np.uint8))
         columns[-1][(height - h) // 2 :, :w][:h] = panel
-    return np.concatenate(columns, axis=1)[:, :-gap]
+    return caption(np.concatenate(columns, axis=1)[:, :-gap], zoom, above)
 
 
 def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
@@ -418,7 +455,7 @@ def guided(G: Generator, args: argparse.Namespace) -> np.ndarray:
         z, before, after = refine(G, Q(h), x_macro, at, args.refine)
         s_macro, full = to_uint8(macro_patches(G, z, at))[0], to_uint8(full_image(G, z))[0]
         predicted = tuple(round(p * config.S) % side for p, side in zip(at[0].tolist(), sides))
-        rows.append(guided_row(photo, patch, s_macro, full, chosen, predicted, config))
+        rows.append(guided_row(photo, patch, s_macro, full, chosen, predicted, config, args.zoom))
         refined = f", {after:.1f} after {args.refine} steps" if args.refine else ""
         print(f"{name}: predicted at {predicted}, error {before:.1f} of 255{refined}", flush=True)
     if not rows:
@@ -438,6 +475,7 @@ def draw(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed[0]} is one seed; {args.command} takes two or more")
     device, path = core.choose_device(args.device), core.find_checkpoint(args.checkpoint, args.panorama)
     G, args.checkpoint, animated = core.load(path, device, raw=args.raw), path, getattr(args, "gif", None)
+    args.zoom = args.zoom or max(1, 128 // min(G.config.height, G.config.width))
     picture = args.figure(G, args)
     folder = Path("runs") if path.parent == core.ASSETS else path.parent
     out = Path(animated or args.out or folder / f"{path.stem}-{args.command}.png")
@@ -459,6 +497,8 @@ def main(argv: list[str] | None = None) -> int:
         add[figure]("--checkpoint", metavar="FILE|RUN", help="default: the newest under runs/")
         add[figure]("--panorama", action="store_true", help="the newest checkpoint of a cylinder")
         add[figure]("--out", metavar="FILE", help="a picture (default: beside the checkpoint)")
+        text = "enlarge pixels (default: until an image has 128)"
+        add[figure]("--zoom", type=core.positive, metavar="N", help=text)
         add[figure]("--raw", action="store_true", help="use G's weights themselves, not their moving average")
         add[figure]("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
         if seeds:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import UserError
+from data import UserError, counted
 
 KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # one axis of [1 4 6 4 1] ⊗ [1 4 6 4 1] / 256
 SMALLEST_LEVEL_PX = 16
@@ -104,7 +104,8 @@ def level_distance(real, images, level, generator, device):
     directions = torch.randn(DIRECTIONS, clouds[0].shape[1], generator=generator)
     total = 0.0
     # The definition has 4 lots of 128 directions. All count alike, so a lot's size changes the memory only.
-    for lot in F.normalize(directions, dim=1).to(device).split(DIRECTIONS_AT_ONCE):
+    lots = F.normalize(directions, dim=1).to(device).split(DIRECTIONS_AT_ONCE)
+    for lot in counted(lots, len(lots), f"comparisons of SWD, level {level}"):
         a, b = (sort_rows(lot @ cloud.T) for cloud in clouds)  # (DIRECTIONS_AT_ONCE, P)
         total += (a - b).abs().mean(dim=1).sum().item()
     return total / DIRECTIONS

@@ -90,21 +90,28 @@ def draw(logs: dict[str, list[dict]]):
         ax.set_xlabel("step", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(color="0.9", linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    if len(logs) > 1:
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
-def plot(args: argparse.Namespace) -> None:
-    logs = {run: read_log(run) for run in args.runs}
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise UserError("plots need matplotlib; get it by: pip install matplotlib") from error
+def save_plot(runs: list[str], out: Path) -> None:
+    """Draw the indicators of runs into a file. Raises: UserError, and ImportError without matplotlib."""
+    logs = {run: read_log(run) for run in runs}
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(draw(logs))
     canvas.draw()
-    out = Path(args.out or Path(args.runs[0]) / "indicators.png")
     make_folder(out.parent)
     save_picture(np.array(canvas.buffer_rgba())[..., :3], out)
+
+
+def plot(args: argparse.Namespace) -> None:
+    out = Path(args.out or Path(args.runs[0]) / "indicators.png")
+    try:
+        save_plot(args.runs, out)
+    except ImportError as error:
+        raise UserError("plots need matplotlib; get it by: pip install matplotlib") from error
     print(out)
 
 

@@ -24,8 +24,18 @@ def new_model(topology="plane"):
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Run a command on an untrained model: (lines of its output, its picture or None)."""
+    """Run a command on an untrained model: (lines of its output, its bare picture or None).
+
+    What would be written above and beside the picture is in run.captions, and its zoom.
+    """
     monkeypatch.chdir(tmp_path)
+    captions = []
+
+    def caption(picture, zoom, above=(), beside=()):
+        captions.append((zoom, [*above], [*beside]))
+        return picture
+
+    monkeypatch.setattr(figures, "caption", caption)
 
     def run(line, topology="plane"):
         core.save_checkpoint(new_model(topology), tmp_path / f"{topology}.pt", "images")
@@ -36,6 +46,7 @@ def run(tmp_path, capsys, monkeypatch):
         picture = tmp_path / f"{topology}-{command}.png"
         return (out + err).splitlines(), np.array(Image.open(picture)) if picture.exists() else None
 
+    run.captions = captions
     return run
 
 
@@ -73,6 +84,37 @@ def test_frames_stay_in_the_image_or_wrap_around():
     expected = "#..#### #..#... #..#... #..#### ....... .......".split()
     line = np.array([[letter == "#" for letter in row] for row in expected])
     assert np.array_equal(images, np.broadcast_to(line[..., None] * np.array([9, 0, 9]), images.shape))
+
+
+def test_captions_stand_above_and_beside_the_enlarged_picture():
+    picture = np.random.default_rng(0).integers(0, 200, (20, 30, 3), np.uint8)
+    drawn = figures.caption(picture, 3, [(4, "a")], [(7, "b")])
+    (top, left), bare = (size - 3 * side for size, side in zip(drawn.shape, (20, 30))), drawn[-60:, -90:]
+    assert np.array_equal(bare, picture.repeat(3, axis=0).repeat(3, axis=1)) and top > 0 and left > 0
+    (y, x), (y_beside, x_beside) = (
+        (part < 128).any(axis=2).nonzero() for part in (drawn[:top], drawn[:, :left])
+    )
+    assert left + 12 <= x.min() and x.max() < left + 24 and top + 21 <= y_beside.min() < top + 36
+    assert np.array_equal(figures.caption(picture, 1), picture)
+    long = figures.caption(picture, 1, [(25, "as long as it takes")])
+    assert long.shape[1] > 100 and (long[:, -20:] < 128).any()  # it is not cut off
+
+
+def test_captions_say_which_is_which(run):
+    beside = [(0, "full image"), (H + 8, "macro patch"), (H + h + 16, "micro patch")]
+    mixed = [(0, "A"), (H + 2, "A beside B"), (2 * H + 4, "A into B"), (3 * H + 6, "B")]
+    for line, *expected in (
+        ("patches --seed 7 --count 2", [(0, "seed 7"), (40, "seed 8")], beside),
+        ("interpolate --seed 5 2 9 --at 0 0", [], [(0, "seeds 5 to 2"), (S + 2, "seeds 2 to 9")]),
+        ("interpolate --seed 5 2 9", [(0, "seeds 5 to 2"), (34, "seeds 2 to 9")], []),  # in columns
+        ("mix --seed 3 8", [(0, "seeds 3, 8")], mixed),
+    ):
+        run(f"{line} --zoom 1")
+        assert run.captions.pop() == (1, *expected)
+    run("coordinates --seed 6 4 --steps 6 --at 2 3")
+    (zoom, above, beside), (_, again, _) = run.captions
+    assert zoom == 128 // H and "seed 6, in row 2" in above[0][1] and "seed 4, in row 2" in again[0][1]
+    assert above[0][0] == beside[0][0] == S + 8 and beside[0][1] == "in column 3"
 
 
 def test_patches_are_cut_out_of_their_images(run):
@@ -162,6 +204,8 @@ def test_guided_draws_photographs_patches_and_full_images(run, tmp_path):
         Image.fromarray(photo).save(tmp_path / f"photos/{number}.png")
     (tmp_path / "photos/1.png").write_text("no image")
     lines, picture = run("guided photos --count 3 --at 5 7")
+    assert [name for _, name in run.captions[0][1]] == ["photograph", "its patch", "generated", "full image"]
+    assert [x for x, _ in run.captions[0][1]] == [0, 38, 70, 102]
     assert len(picture) == 2 * H + 24 and "1.png" in lines[-1] and not any("3.png" in line for line in lines)
     row, red, blue = picture[-H:], figures.RED, figures.BLUE
     photo, x_macro, s_macro, full = row[:, :32], row[3:21, 38:64], row[3:21, 70:96], row[:, 102:]

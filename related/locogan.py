@@ -1,7 +1,6 @@
 """LocoGAN: images of any size from noise images, in one file that reads from top to bottom.
 
-    python -m related.locogan train                    # toy faces that data.py draws, minutes on a CPU
-    python -m related.locogan train --data ./photos    # a folder or a zip of photographs
+    python -m related.locogan train                    # toy faces; with --data ./photos, photographs
     python -m related.locogan train --data brick.jpg   # one texture, which will tile
     python -m related.locogan sample --size 48x80      # any size; --help names all that can be drawn
 
@@ -32,9 +31,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 import coco_gan
-from coco_gan import LAYOUT, apply_network, option, spectral_norm, to_device, to_uint8, update
+from coco_gan import LAYOUT, cast, option, spectral_norm, to_device, to_uint8, update
 from data import CROPS, EXTENSIONS, UserError, make_folder, read_file, read_rgb
 from kernels import crop_patches
 
@@ -101,15 +101,14 @@ class Config:
         return self
 
 
-# The presets for CPUs are ours. The others have the sizes of section 4 and of tables 1 and 2; loss, learning
-# rates and batch size are the released code's, for the paper names none, and `steps` is ours.
+# The presets for CPUs, and `steps`, are ours. The paper's have the sizes of section 4.
 CPU = dict(L=3, width_g=32, mix=1, lr_g=1e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, batch_size=16)
 PRESETS = {
     "toy": CPU | dict(height=32, width=32, L=2, width_g=64, zoom=0.6, slow=10_000, steps=13_500),
     "faces64": CPU | dict(height=64, width=64, steps=30_000),
     "texture": CPU | dict(height=64, width=64, topology="torus", local=8, width_d=32, steps=7_000),
     "panorama": CPU | dict(height=32, width=96, topology="cylinder", data="toy:landscapes", steps=7_000),
-    "ffhq128": dict(),
+    "ffhq128": dict(),  # tables 1 and 2; loss, rates and batch size, which it leaves out: released code
     "ffhq128-released": dict(width_g=64, positions="first", every_px=64),
     "lsun128": dict(width=176, mixed=True),
     "strip": dict(height=64, width=192, topology="cylinder"),
@@ -171,14 +170,14 @@ class Generator(nn.Module):
     def forward(self, noise, start, step):  # (B, C, h + 4, w + 4), … -> (B, 3, u·h, u·w) in [-1, 1]
         h, w = (side - 2 * BORDER for side in noise.shape[2:])
         at = positions(self.config, start, step, h, w, BORDER)
-        x = torch.cat([noise, at], dim=1).contiguous(memory_format=LAYOUT)
+        x = torch.cat([noise, at], dim=1).to(self.last.weight.dtype, memory_format=LAYOUT)
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x)))
             if conv.stride[0] == 2:
                 h, w, step = 2 * h, 2 * w, step / 2
                 at = positions(self.config, start, step, h, w, BORDER)
             if self.config.positions == "all":
-                x = torch.cat([x, at], dim=1)  # (B, … + P, h + 4, w + 4)
+                x = torch.cat([x, at.to(x.dtype)], dim=1)  # (B, … + P, h + 4, w + 4)
         return torch.tanh(self.last(x)[:, :, :-1, :-1].float())
 
 
@@ -266,13 +265,13 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
     config, G, D, B, side = gan.config, gan.G, gan.D, len(x), x.shape[3]
     for optimizer, lr in ((gan.opt_G, config.lr_g), (gan.opt_D, config.lr_d)):
         optimizer.param_groups[0]["lr"] = lr / 4 if gan.step >= config.slow else lr
-    s = apply_network(gan, G, dict(G.named_parameters()), noise, start, step)  # (B, 3, 4u, 4u)
+    s = functional_call(G, cast(gan, dict(G.named_parameters())), (noise, start, step))  # (B, 3, 4u, 4u)
     at = positions(config, start, step / config.u, side, side)  # (B, P, 4u, 4u), of x as of s
 
     # D: minimise ½ (E[-log σ(D(x))] + E[-log(1 - σ(D(s)))]). The ½ is the released code's.
-    D_sn = spectral_norm(D, iterate=True)
-    both = torch.cat([torch.cat([x, at], dim=1), torch.cat([s.detach(), at], dim=1)])  # (2B, 3 + P, 4u, 4u)
-    score = apply_network(gan, D, D_sn, both).float()
+    D_sn = cast(gan, spectral_norm(D, iterate=True))
+    both = torch.cat([torch.cat([x, s.detach()]), torch.cat([at, at])], dim=1).to(D_sn["0.weight"].dtype)
+    score = functional_call(D, D_sn, both).float()  # of (2B, 3 + P, 4u, 4u)
     L_D = (F.softplus(-score[:B]).mean() + F.softplus(score[B:]).mean()) / 2
     update(gan.opt_D, L_D)
 
@@ -284,8 +283,8 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
 
     # G: minimise E[-log σ(D(s))] by way of the updated D, whose parameters are detached: they get no gradient
     # Deviation: section 2 prints E[log(1 - σ(D(s)))]. This is the released code's, with larger gradients.
-    D_sn = {name: p.detach() for name, p in spectral_norm(D, iterate=False).items()}
-    L_G = F.softplus(-apply_network(gan, D, D_sn, torch.cat([s, at], dim=1)).float()).mean()
+    D_sn = cast(gan, {name: p.detach() for name, p in spectral_norm(D, iterate=False).items()})
+    L_G = F.softplus(-functional_call(D, D_sn, torch.cat([s, at], dim=1).to(both.dtype)).float()).mean()
     update(gan.opt_G, L_G)
     real, generated = torch.sigmoid(score.detach()).split(B)
     return torch.stack([L_D.detach(), L_G.detach(), real.mean(), generated.mean()])
@@ -337,11 +336,6 @@ def render(G: Generator, noise: torch.Tensor, view: tuple) -> torch.Tensor:
     return torch.cat(parts, dim=2)[:, :, y][..., x]
 
 
-def full_images(G: Generator, seeds, view: tuple) -> np.ndarray:
-    """Pictures of seeds: (n, height, width, 3) uint8."""
-    return np.concatenate([to_uint8(render(G, noise_image(G.config, seed, view), view)) for seed in seeds])
-
-
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 
@@ -356,7 +350,15 @@ def load(where: str | None = None, device="cpu") -> tuple[Generator, Path]:
 
 def show(gan: LocoGAN) -> np.ndarray:
     """Full images of the EMA of G, of 24 seeds that are always the same: one picture (h, w, 3)."""
-    return coco_gan.grid(full_images(gan.G_ema, range(24), view(gan.config, periodic=gan.config.closed)))
+    here = view(gan.config, periodic=gan.config.closed)
+    noise = (noise_image(gan.config, seed, here) for seed in range(24))
+    return coco_gan.grid(np.concatenate([to_uint8(render(gan.G_ema, one, here)) for one in noise]))
+
+
+def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
+    """--preset, or the default for these images."""
+    data, presets = getattr(args, "data", Config.data), {"toy:faces": "toy", "toy:landscapes": "panorama"}
+    return args.preset or presets.get(data, "texture" if Config(data=data).texture else "faces64")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -364,8 +366,7 @@ def train(args: argparse.Namespace) -> int:
     device, given = coco_gan.start(args), coco_gan.given_fields(args, Config)
     load_images_of = functools.partial(load_stored, cache=args.cache)
     if args.resume is None:
-        data, presets = given.get("data", Config.data), {"toy:faces": "toy", "toy:landscapes": "panorama"}
-        preset = args.preset or presets.get(data, "texture" if Config(data=data).texture else "faces64")
+        preset = choose_preset(args, device)
         config = Config(**PRESETS[preset] | given).check()
         stored, gan = load_images_of(config), LocoGAN(config, device)
         run = coco_gan.new_run(args.run, f"locogan/{preset}")
@@ -379,7 +380,7 @@ def train(args: argparse.Namespace) -> int:
         return coco_gan.train_loop(gan, stored, run, args, draw_batch, train_step, show)
 
 
-def sample(args: argparse.Namespace) -> int:
+def sample(args: argparse.Namespace) -> None:
     """`sample`: from a checkpoint to a sheet of pictures, or to one file per picture in a folder."""
     G, path = load(args.checkpoint, coco_gan.choose_device(args.device, args.impl))
     periodic = G.config.closed if args.periodic is None else ("y" in args.periodic, "x" in args.periodic)
@@ -416,7 +417,6 @@ def sample(args: argparse.Namespace) -> int:
         make_folder(name.parent)
         coco_gan.save_picture(picture, name)
     print(f"{out}: {len(images)} pictures, from {path}")
-    return 0
 
 
 def numbers(form: str, text: str) -> list[int]:
@@ -430,7 +430,7 @@ def numbers(form: str, text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, see coco_gan.run_command."""
     parser = coco_gan.Parser(prog="python -m related.locogan", description=__doc__.split("\n")[0])
-    add = coco_gan.add_commands(parser, train, sample, Config, PRESETS)[1].add_argument
+    add = coco_gan.add_commands(parser, train, sample, choose_preset, Config, PRESETS)[1].add_argument
     for name, form, text in (
         ("--size", "HEIGHTxWIDTH", "any size in pixels, to which the image is stretched (default: its own)"),
         ("--mix", "A,B", "image A, A with the right half of B, A with the lower half of B, and B"),

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 import coco_gan
 from coco_gan import LAYOUT, DiscriminatorBlock, GeneratorBlock, option
@@ -134,7 +135,7 @@ class Centre(nn.Module):
         coco_gan.init_weights(self)
 
     def forward(self, condition):  # (B, z_dim) -> (B, 3, s_0, s_0) in [-1, 1]
-        x = self.linear(condition).unflatten(1, (-1, 4, 4)).contiguous(memory_format=LAYOUT)
+        x = self.linear(condition).unflatten(1, (-1, 4, 4)).to(self.conv.weight.dtype, memory_format=LAYOUT)
         for block in self.blocks:
             x = block(x, condition)
         return torch.tanh(self.conv(F.relu(self.norm(x))).float())
@@ -179,10 +180,11 @@ class Expansion(nn.Module):
     def forward(self, condition, context):  # (B, 2 · z_dim), IP_{i-1} -> (B, 3, s, s) in [-1, 1]
         p = (self.side - context.shape[2]) // 2
         canvas, mask = (F.pad(t, [p] * 4) for t in (context, torch.ones_like(context[:, :1])))
-        x = [torch.cat([canvas, mask], dim=1).contiguous(memory_format=LAYOUT)]  # x[b]: (B, …, s/2^b, s/2^b)
+        x = [torch.cat([canvas, mask], dim=1).to(self.conv1.weight.dtype, memory_format=LAYOUT)]
         for block in self.down:
-            x.append(block(x[-1]))
-        y = self.attention(self.conv1(F.relu(x[-1])) + self.linear(condition)[:, :, None, None])
+            x.append(block(x[-1]))  # x[b]: (B, …, s/2^b, s/2^b)
+        z = self.linear(condition).to(x[0].dtype)[:, :, None, None]
+        y = self.attention(self.conv1(F.relu(x[-1])) + z)
         for b, block in enumerate(self.up):
             y = block(torch.cat([y, x[-1 - b]], dim=1) if self.unet and b else y, condition)
         y = F.relu(self.norm(y))  # (B, C_0, s, s)
@@ -220,7 +222,7 @@ class Critic(nn.Module):
         coco_gan.init_weights(self)
 
     def forward(self, x):  # (B/pack, 3 · pack, h, w) -> (B/pack,) float32
-        h = relu(self.blocks(x)).float().sum(dim=(2, 3))
+        h = relu(self.blocks(x.to(self.blocks[0].conv1.weight.dtype))).float().sum(dim=(2, 3))
         return (h * self.linear.weight).sum(dim=1) + self.linear.bias
 
 
@@ -289,17 +291,18 @@ def train_step(gan: SpatialGAN, x, z, epsilon, _) -> torch.Tensor:
     # The LSTM learns with G_1 and with all. Between them it is the EMA's, so that the input of G_1 stays.
     nets = [(G if i in learning else G_ema).levels[i] for i in range(learning[-1] + 1)]
     G_sn = [coco_gan.spectral_norm(net, True) if net.training else net.state_dict() for net in nets]
+    G_cast = [coco_gan.cast(gan, parameters) for parameters in G_sn]
     parts = (t.chunk(config.d_steps, dim) for t, dim in ((x, 0), (z, 1), (epsilon, 2)))
     for x_d, z_d, epsilon_d in zip(*parts):
         IP, conditions = [], (G if 1 in learning else G_ema).conditions(z_d)
-        for net, parameters, condition in zip(nets, G_sn, conditions):
-            IP.append(coco_gan.apply_network(gan, net, parameters, condition, *IP[-1:]))
+        for net, parameters, condition in zip(nets, G_cast, conditions):
+            IP.append(functional_call(net, parameters, (condition, *IP[-1:])))
         losses, loss = torch.zeros(N + 3, device=gan.device), 0
         for i in learning:
             x_j, s_j = (middle(t, config.s[i], config.pack) for t in (x_d, IP[i].detach()))
             for j, D_j in enumerate(gan.D[i]):  # equation 5
-                D_sn = coco_gan.spectral_norm(D_j, iterate=True)
-                score = functools.partial(coco_gan.apply_network, gan, D_j, D_sn)
+                D_sn = coco_gan.cast(gan, coco_gan.spectral_norm(D_j, iterate=True))
+                score = functools.partial(functional_call, D_j, D_sn)
                 of_x, of_s = score(torch.cat([x_j, s_j])).chunk(2)
                 if config.loss == "hinge":
                     L = F.relu(1 - of_x).mean() + F.relu(1 + of_s).mean()
@@ -327,7 +330,8 @@ def train_step(gan: SpatialGAN, x, z, epsilon, _) -> torch.Tensor:
         s_j = middle(IP[i], config.s[i], config.pack)
         for D_j in gan.D[i]:
             D_sn = {name: p.detach() for name, p in coco_gan.spectral_norm(D_j, iterate=False).items()}
-            loss = loss - (LAMBDA[i] if phase > N else 1) * coco_gan.apply_network(gan, D_j, D_sn, s_j).mean()
+            score = functional_call(D_j, coco_gan.cast(gan, D_sn), s_j)
+            loss = loss - (LAMBDA[i] if phase > N else 1) * score.mean()
             s_j = avg_pool(s_j)
     coco_gan.update(gan.opt_G, loss)
     return losses
@@ -395,6 +399,12 @@ def load(path: Path, device: str | torch.device = "cpu") -> Generator:
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
+def choose_preset(args, device: torch.device) -> str:
+    """--preset, or the default for these images on this device."""
+    toys = getattr(args, "data", Config.data).startswith("toy:")
+    return args.preset or ("spatial256" if device.type == "cuda" else "toy" if toys else "faces")
+
+
 def train(args) -> int:
     """`train`: from images to checkpoints, pictures and a log in a run folder; returns the exit status."""
     if args.graph or coco_gan.WORLD > 1:
@@ -407,8 +417,7 @@ def train(args) -> int:
         with coco_gan.lock_run(run):
             resumed = coco_gan.resume(run, given, device, load_images_of, SpatialGAN)
             return coco_gan.train_loop(*resumed, run, args, *functions)
-    toys = given.get("data", Config.data).startswith("toy:")
-    preset = args.preset or ("spatial256" if device.type == "cuda" else "toy" if toys else "faces")
+    preset = choose_preset(args, device)
     config = Config(**PRESETS[preset] | given).check()
     stored, run = load_images_of(config), coco_gan.new_run(args.run, f"spatialgan/{preset}")
     with coco_gan.lock_run(run):
@@ -437,7 +446,7 @@ def sample(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, see `coco_gan.run_command`."""
     parser = coco_gan.Parser(prog="python -m related.spatialgan", description=__doc__.splitlines()[0])
-    _, sample_parser = coco_gan.add_commands(parser, train, sample, Config, PRESETS)
+    _, sample_parser = coco_gan.add_commands(parser, train, sample, choose_preset, Config, PRESETS)
     add = sample_parser.add_mutually_exclusive_group().add_argument
     add("--growth", action="store_true", help="each image from its centre to the whole")
     add("--variants", type=coco_gan.positive, metavar="N", help="N frames around the centre of each image")

@@ -50,13 +50,14 @@ def one_step(gan, step, x=None):
 
 def spy(monkeypatch):
     """A list that gets the network, its first input and its output for each call of a network in training."""
-    calls, original = [], coco_gan.apply_network
+    calls, original = [], spatialgan.functional_call
 
-    def apply(gan, net, parameters, *inputs):
-        calls.append((net, inputs[0], original(gan, net, parameters, *inputs)))
+    def apply(net, parameters, inputs):
+        first = inputs[0] if isinstance(inputs, tuple) else inputs
+        calls.append((net, first, original(net, parameters, inputs)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(coco_gan, "apply_network", apply)
+    monkeypatch.setattr(spatialgan, "functional_call", apply)
     return calls
 
 
@@ -98,7 +99,8 @@ def test_the_context_stays_as_it_is_to_the_bit(sides, precision, training):
     config, IP = dataclasses.replace(SMALL, precision=precision, sides=sides), []
     gan = SpatialGAN(config, CPU).train(training)
     for net, condition in zip(gan.G.levels, gan.G.conditions(spatialgan.latents(range(4), config))):
-        IP.append(coco_gan.apply_network(gan, net, dict(net.named_parameters()), condition, *IP[-1:]))
+        parameters = coco_gan.cast(gan, dict(net.named_parameters()))
+        IP.append(spatialgan.functional_call(net, parameters, (condition, *IP[-1:])))
     assert [tuple(patch.shape) for patch in IP] == [(4, 3, s, s) for s in config.s]
     for before, after in zip(IP, IP[1:]):
         assert torch.equal(middle(after, before.shape[2]), before) and after.abs().max() <= 1
