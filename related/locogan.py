@@ -101,13 +101,13 @@ class Config:
         return self
 
 
-# The presets for CPUs, and `steps`, are ours. The paper's have the sizes of section 4.
 CPU = dict(L=3, width_g=32, mix=1, lr_g=1e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, batch_size=16)
-PRESETS = {
+PRESETS = {  # those for CPUs, and `steps`, are ours; the paper's have the sizes of section 4
     "toy": CPU | dict(height=32, width=32, L=2, width_g=64, zoom=0.6, slow=10_000, steps=13_500),
     "faces64": CPU | dict(height=64, width=64, slow=26_000, steps=28_000),
     "texture": CPU | dict(height=64, width=64, topology="torus", local=8, width_d=32, slow=4500, steps=7000),
-    "panorama": CPU | dict(height=32, width=96, topology="cylinder", data="toy:landscapes", steps=7_000),
+    "panorama": CPU
+    | dict(height=32, width=96, topology="cylinder", data="toy:landscapes", slow=5700, steps=8500),
     "ffhq128": dict(),  # tables 1 and 2; loss, rates and batch size, which it leaves out: released code
     "ffhq128-released": dict(width_g=64, positions="first", every_px=64),
     "lsun128": dict(width=176, mixed=True),
