@@ -141,8 +141,8 @@ class Config:
     precision: str = option("auto", PRECISIONS, "of the layers of G and D")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches, the latents and CelebA-syn")
     data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
-    crop: str = option("auto", CROPS, "how an image gets its size")
-    continuous: bool = option(False, None, "macro patches at any pixel (section 3.7)")
+    crop: str = option("auto", CROPS, "what is cut out; squash: nothing, the image is resized")
+    continuous: bool = option(False, None, "macro patches at any pixel (the paper's section 3.7)")
     mirror: bool = option(False, None, "mirror half of the real images")
     yaw: bool = option(False, None, "turn each real image by a random angle where its borders meet")
     holdout: int = option(0, (0, 10**9), "images kept out of training, for evaluation")
@@ -188,7 +188,7 @@ class Config:
         """Return the configuration if it makes a model. Raises: UserError, which names the flag, if not."""
         check_fields(self)
         if self.height % self.S or self.width % self.S:
-            sizes = f"--height {self.height} and --width {self.width}"
+            sizes = f"--height {self.height} and --width {self.width} (--image-size)"
             raise UserError(f"{sizes} must be multiples of --S {self.S}, the side of a micro patch")
         if self.N > self.R or self.M > self.K:
             fits = f"an image has {self.R} x {self.K} micro patches"
@@ -1111,6 +1111,10 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     height, width, 3) uint8; run: the folder of the run; args: the flags of `add_commands`.
     """
     config, device, fingerprint = gan.config, gan.device, fingerprint_of(stored)
+    if gan.step >= config.steps:
+        more = f"to go on: python {gan.COMMAND} train --resume {run} --steps {2 * gan.step}"
+        print(f"{run} has done its {config.steps:,} steps; {more}")
+        return 0
     indices, _ = split(len(stored), config.holdout)
     images, board = torch.from_numpy(stored), None
     if device.type == "cuda":
@@ -1135,14 +1139,14 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     parameters = sum(p.numel() for p in gan.parameters() if p.requires_grad)
     held_out = f", {config.holdout:,} held out" * (config.holdout > 0)
     print(f"{len(indices):,} images of {config.height} x {config.width}{held_out}, {parameters:,} parameters")
-    todo = f"{max(0, config.steps - gan.step):,} steps to go, in {run}"
+    todo = f"{config.steps - gan.step:,} steps to go, in {run}"
     print(f"{todo}; the log has images per second\n{gan.LEGEND}", flush=True)
 
     one_step = functools.partial(train_step, gan)
     one_step = capture(one_step) if args.graph else one_step
     intervals = args.log_every, args.sample_every, args.save_every
     losses, start_time, first_step, progress_time = [], time.monotonic(), gan.step, 0.0
-    stopped, last = 0, gan.step >= config.steps  # a run that has done its steps is done again
+    stopped, last = 0, False
     with stop_signals() as signals:
         while not last:
             batch = draw_batch(config, images, indices, gan.rng, device)
@@ -1230,7 +1234,7 @@ def train(args: argparse.Namespace) -> int:
         if data.report_originals(stored) and config.topology == "plane":
             print("most are at least twice as wide as high, like panoramas: add --panorama")
         if len(stored) - config.holdout < 1000:
-            print("fewer than 1,000 images: what is generated will look like them; try --mirror")
+            print("fewer than 1,000 images, which G may learn by heart: add some, or --mirror")
         if weights:
             copy_weights(gan, weights)
         run = new_run(args.run, name)
@@ -1253,6 +1257,8 @@ def sample(args: argparse.Namespace) -> int:
     G = load(path, device, raw=args.raw)
     count = args.count or (1 if args.panorama else 16)
     seeds = range(args.seed[0], args.seed[0] + count) if len(args.seed) == 1 else args.seed
+    if args.turns > 1 and not any(G.config.closed):
+        raise UserError(f"--turns {args.turns} is for borders that meet; {path} has none, try --panorama")
     spans = []
     for size, closed in zip((G.config.R, G.config.K), G.config.closed):
         margin, turns = (0, args.turns) if closed else (args.extrapolate, 1)
@@ -1394,8 +1400,8 @@ def add_commands(parser, train, sample, choose_preset=choose_preset, Config=Conf
 
 
 def build_parser() -> Parser:
-    text = "COCO-GAN: train on images, and sample full images. To begin: python coco_gan.py train"
-    parser = Parser(prog="python coco_gan.py", description=text)
+    text, begin = "COCO-GAN: train on images, and sample full images.", "to begin: python coco_gan.py train"
+    parser = Parser(prog="python coco_gan.py", description=text, epilog=begin)
     parser.add_argument("--version", action="version", version=f"COCO-GAN {__version__}")
     train_parser, sample_parser = add_commands(parser, train, sample)
     add = train_parser.add_argument

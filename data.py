@@ -293,7 +293,7 @@ def report_others(source: str, count: int, others: list[str]) -> None:
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     if endings:
         found = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(8))
-        print(f"{source}: {len(others):,} files that are not read as images: {found}", file=sys.stderr)
+        print(f"{source}: not read as images: {found}", file=sys.stderr)
 
 
 def kind_of(path: str) -> str | None:
@@ -427,7 +427,8 @@ def decode_all(names, read, height: int, width: int, crop: str, seed: int, origi
                 yield image
             if done % 10_000 == 0 or done == len(names):
                 progress()
-                print(f"{done:,} of {len(names):,} images decoded", file=sys.stderr, flush=True)
+                good = done - len(skipped)
+                print(f"{good:,} of {len(names):,} images decoded", file=sys.stderr, flush=True)
     if len(skipped) == len(names):
         raise UserError(f"--data: none of the {len(names):,} images can be used; the first: {skipped[0]}")
     report_skipped(skipped, len(names), "images")

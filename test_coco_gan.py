@@ -133,7 +133,7 @@ def test_weights_are_the_papers_or_those_of_its_authors_code():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(height=100), "--height 100 and --width 64 must be multiples of --S 16"),
+        (dict(height=100), "--height 100 and --width 64 (--image-size) must be multiples of --S 16"),
         (dict(N=5), "--N 5 and --M 2 do not fit: an image has 4 x 4 micro patches"),
         (dict(width=32, M=3), "--N 2 and --M 3 do not fit: an image has 4 x 2 micro patches"),
         (dict(batch_size=1), "--batch-size 1 is out of range; give 2 to"),
@@ -704,11 +704,17 @@ def test_resuming_takes_more_steps_and_nothing_else(command, message, copied, ca
 def test_a_run_that_has_done_its_steps_is_done(copied, capsys):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     assert coco_gan.main(["train", "--resume", "run", "--device", "cpu"]) == 0
-    assert "done: run/latest.png" in capsys.readouterr().out
-    kept = {path.name: path.read_bytes() for path in copied.iterdir() if path.name in before}
-    assert kept == before
-    (copied / "log.jsonl").write_text("broken\n")  # indicators.png is left out
-    assert coco_gan.main(["train", "--resume", "run", "--device", "cpu"]) == 0
+    steps = json.loads(before["config.json"])["steps"]
+    more = f"to go on: python coco_gan.py train --resume run --steps {2 * steps}"
+    assert capsys.readouterr().out == f"run has done its {steps} steps; {more}\n"
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_indicators_of_a_broken_log_are_left_out(copied):
+    (copied / "indicators.png").unlink(missing_ok=True)
+    (copied / "log.jsonl").write_text("broken\n")
+    coco_gan.save_indicators(copied)
+    assert not (copied / "indicators.png").exists()
 
 
 def test_new_images_are_told_and_taken_by_a_run_from_the_old_one(here, capsys):
@@ -775,7 +781,10 @@ def change_checkpoint(change):
             "its format is 'coco-gan checkpoint 1' and must be",
         ),
         (lambda c: c["config"].update(width_g=1024), "G.linear.weight should be torch.float32 (65536, 10)"),
-        (lambda c: c["config"].update(S=3), "--height 16 and --width 24 must be multiples of --S 3"),
+        (
+            lambda c: c["config"].update(S=3),
+            "--height 16 and --width 24 (--image-size) must be multiples of --S 3",
+        ),
         (lambda c: c["tensors"].pop("opt_D.3.exp_avg"), "opt_D.3.exp_avg"),
         (lambda c: c["tensors"].update({"A.norm.bias": torch.zeros(1).expand(128)}), None),
         (lambda c: c["tensors"].update({"x": torch.zeros(1).expand(10**9)}), "larger than the file"),
