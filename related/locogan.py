@@ -1,7 +1,6 @@
 """LocoGAN: images of any size from noise images, in one file that reads from top to bottom.
 
-    python -m related.locogan train                    # toy faces that data.py draws, minutes on a CPU
-    python -m related.locogan train --data ./photos    # a folder or a zip of photographs
+    python -m related.locogan train                    # toy faces; with --data ./photos, photographs
     python -m related.locogan train --data brick.jpg   # one texture, which will tile
     python -m related.locogan sample --size 48x80      # any size; --help names all that can be drawn
 
@@ -59,6 +58,7 @@ class Config:
     width_d: int = option(64, (1, 1024), "channels after D's first layer; later: 2, 4, 8, … times")
     lr_g: float = option(2e-4, (0, 1), "learning rate of G")
     lr_d: float = option(2e-4, (0, 1), "learning rate of D")
+    slow: int = option(10**9, (0, 10**9), "step from which on both learning rates are a quarter")
     beta1: float = option(0.5, (0, 0.9999), "Adam's β1")
     beta2: float = option(0.999, (0, 0.999999), "Adam's β2")
     batch_size: int = option(64, (2, 65536), "crops per step, of all processes together")
@@ -101,16 +101,14 @@ class Config:
         return self
 
 
-# The presets for CPUs are ours. The others have the sizes of section 4 and of tables 1 and 2; loss, learning
-# rates and batch size are the released code's, for the paper names none, and `steps` is ours.
-CPU = dict(mix=1, lr_g=1e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, batch_size=16)
-SMALL = dict(L=3, width_g=32, **CPU)
-PRESETS = {
-    "toy": dict(height=32, width=32, L=2, width_g=64, zoom=0.6, steps=12_000, **CPU),
-    "faces64": dict(height=64, width=64, steps=30_000, **SMALL),
-    "texture": dict(height=64, width=64, topology="torus", local=8, width_d=32, steps=7_000, **SMALL),
-    "panorama": dict(height=32, width=96, topology="cylinder", data="toy:landscapes", steps=7_000, **SMALL),
-    "ffhq128": dict(),
+CPU = dict(L=3, width_g=32, mix=1, lr_g=1e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, batch_size=16)
+PRESETS = {  # those for CPUs, and `steps`, are ours; the paper's have the sizes of section 4
+    "toy": CPU | dict(height=32, width=32, L=2, width_g=64, zoom=0.6, slow=10_000, steps=13_500),
+    "faces64": CPU | dict(height=64, width=64, slow=26_000, steps=28_000),
+    "texture": CPU | dict(height=64, width=64, topology="torus", local=8, width_d=32, slow=4500, steps=7000),
+    "panorama": CPU
+    | dict(height=32, width=96, topology="cylinder", data="toy:landscapes", slow=5700, steps=8500),
+    "ffhq128": dict(),  # tables 1 and 2; loss, rates and batch size, which it leaves out: released code
     "ffhq128-released": dict(width_g=64, positions="first", every_px=64),
     "lsun128": dict(width=176, mixed=True),
     "strip": dict(height=64, width=192, topology="cylinder"),
@@ -132,9 +130,8 @@ def positions(config: Config, start, step, rows: int, columns: int, border: int 
     for n, closed in enumerate(config.closed):
         i = torch.arange(size[n], device=start.device) - border + 0.5
         p = start[:, n, None] + i * step[:, n, None]  # (B, size[n])
-        angle = 2 * torch.pi * p
-        channels = torch.stack([torch.cos(angle), torch.sin(angle)] if closed else [2 * p - 1], dim=1)
-        axes.append(channels.unsqueeze(3 - n).expand(-1, -1, *size))
+        p = [torch.cos(2 * torch.pi * p), torch.sin(2 * torch.pi * p)] if closed else [2 * p - 1]
+        axes.append(torch.stack(p, dim=1).unsqueeze(3 - n).expand(-1, -1, *size))
     return torch.cat(axes, dim=1)[:, : config.P].contiguous(memory_format=LAYOUT)
 
 
@@ -153,8 +150,7 @@ class Generator(nn.Module):
 
     A transposed convolution of kernel 4, stride 2, padding 3 makes 2n - 4 of n and reads no padding, so the
     border stays 2. The last layer makes u·h + 1 of u·h + 4. Cell i changes the pixels u(i-1) … u(i+2) only.
-    Deviation: the paper has a border of 3, whose outermost cells change nothing. The 1 x 1 convolutions are
-    ours: with few layers, plans and positions meet too rarely.
+    Deviation: the paper's border is 3, its outermost cells change nothing. The 1 x 1 convolutions are ours.
     """
 
     def __init__(self, config: Config):
@@ -232,8 +228,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     batch = index, *source.unbind(1), noise, corner / size, cut / 4 / size
     *crop, noise, start, step = (t.chunk(coco_gan.WORLD)[coco_gan.RANK] for t in batch)
     x = crop_patches(images, *(to_device(t, images.device) for t in crop), *cut.tolist())
-    if config.zoom < 1:
-        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)  # changes nothing without zoom
     return [to_device(t, device) for t in (x.contiguous(memory_format=LAYOUT), noise, start, step)]
 
 
@@ -257,8 +252,8 @@ class LocoGAN(nn.Module):
         self.G, self.D = Generator(config), discriminator(config)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
         self.to(device)
-        self.opt_G = coco_gan.make_adam([dict(params=[*self.G.parameters()], lr=config.lr_g)], config, device)
-        self.opt_D = coco_gan.make_adam([dict(params=[*self.D.parameters()], lr=config.lr_d)], config, device)
+        self.opt_G = coco_gan.make_adam([dict(params=[*self.G.parameters()])], config, device)
+        self.opt_D = coco_gan.make_adam([dict(params=[*self.D.parameters()])], config, device)
 
 
 def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
@@ -267,29 +262,29 @@ def train_step(gan: LocoGAN, x, noise, start, step, ema_weight) -> torch.Tensor:
     Args: a batch of `draw_batch`; ema_weight: how far the EMA of G's weights moves, a tensor in [0, 1].
     Returns: the LOSSES, (4,). D_real and D_generated are D's mean probabilities that x and s are real.
     """
-    G, D, B, side = gan.G, gan.D, len(x), x.shape[3]
+    config, G, D, B, side = gan.config, gan.G, gan.D, len(x), x.shape[3]
+    for optimizer, lr in ((gan.opt_G, config.lr_g), (gan.opt_D, config.lr_d)):
+        optimizer.param_groups[0]["lr"] = lr / 4 if gan.step >= config.slow else lr
     s = functional_call(G, cast(gan, dict(G.named_parameters())), (noise, start, step))  # (B, 3, 4u, 4u)
-    at = positions(gan.config, start, step / gan.config.u, side, side)  # (B, P, 4u, 4u), of x as of s
+    at = positions(config, start, step / config.u, side, side)  # (B, P, 4u, 4u), of x as of s
 
     # D: minimise ½ (E[-log σ(D(x))] + E[-log(1 - σ(D(s)))]). The ½ is the released code's.
     D_sn = cast(gan, spectral_norm(D, iterate=True))
-    both = torch.cat([torch.cat([x, at], dim=1), torch.cat([s.detach(), at], dim=1)])  # (2B, 3 + P, 4u, 4u)
-    score = functional_call(D, D_sn, both.to(D_sn["0.weight"].dtype)).float()
+    both = torch.cat([torch.cat([x, s.detach()]), torch.cat([at, at])], dim=1).to(D_sn["0.weight"].dtype)
+    score = functional_call(D, D_sn, both).float()  # of (2B, 3 + P, 4u, 4u)
     L_D = (F.softplus(-score[:B]).mean() + F.softplus(score[B:]).mean()) / 2
     update(gan.opt_D, L_D)
 
     # EMA of G's weights and running statistics as they made s. Deviation: the paper samples from G itself.
     with torch.no_grad():
-        now = G.state_dict()
-        for name, average in gan.G_ema.state_dict().items():
+        for average, now in zip(gan.G_ema.state_dict().values(), G.state_dict().values()):
             if average.is_floating_point():
-                average.lerp_(now[name], ema_weight)
+                average.lerp_(now, ema_weight)
 
     # G: minimise E[-log σ(D(s))] by way of the updated D, whose parameters are detached: they get no gradient
     # Deviation: section 2 prints E[log(1 - σ(D(s)))]. This is the released code's, with larger gradients.
     D_sn = cast(gan, {name: p.detach() for name, p in spectral_norm(D, iterate=False).items()})
-    both = torch.cat([s, at], dim=1).to(D_sn["0.weight"].dtype)
-    L_G = F.softplus(-functional_call(D, D_sn, both).float()).mean()
+    L_G = F.softplus(-functional_call(D, D_sn, torch.cat([s, at], dim=1).to(both.dtype)).float()).mean()
     update(gan.opt_G, L_G)
     real, generated = torch.sigmoid(score.detach()).split(B)
     return torch.stack([L_D.detach(), L_G.detach(), real.mean(), generated.mean()])
@@ -341,11 +336,6 @@ def render(G: Generator, noise: torch.Tensor, view: tuple) -> torch.Tensor:
     return torch.cat(parts, dim=2)[:, :, y][..., x]
 
 
-def full_images(G: Generator, seeds, view: tuple) -> np.ndarray:
-    """Pictures of seeds: (n, height, width, 3) uint8."""
-    return np.concatenate([to_uint8(render(G, noise_image(G.config, seed, view), view)) for seed in seeds])
-
-
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 
@@ -360,7 +350,9 @@ def load(where: str | None = None, device="cpu") -> tuple[Generator, Path]:
 
 def show(gan: LocoGAN) -> np.ndarray:
     """Full images of the EMA of G, of 24 seeds that are always the same: one picture (h, w, 3)."""
-    return coco_gan.grid(full_images(gan.G_ema, range(24), view(gan.config, periodic=gan.config.closed)))
+    here = view(gan.config, periodic=gan.config.closed)
+    noise = (noise_image(gan.config, seed, here) for seed in range(24))
+    return coco_gan.grid(np.concatenate([to_uint8(render(gan.G_ema, one, here)) for one in noise]))
 
 
 def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
@@ -383,10 +375,12 @@ def train(args: argparse.Namespace) -> int:
     with coco_gan.lock_run(run):
         if args.resume is not None:
             gan, stored = coco_gan.resume(run, given, device, load_images_of, LocoGAN)
+        if args.graph and gan.config.slow < gan.config.steps:
+            raise UserError(f"--graph cannot change rates at --slow {gan.config.slow}; leave --graph out")
         return coco_gan.train_loop(gan, stored, run, args, draw_batch, train_step, show)
 
 
-def sample(args: argparse.Namespace) -> int:
+def sample(args: argparse.Namespace) -> None:
     """`sample`: from a checkpoint to a sheet of pictures, or to one file per picture in a folder."""
     G, path = load(args.checkpoint, coco_gan.choose_device(args.device, args.impl))
     periodic = G.config.closed if args.periodic is None else ("y" in args.periodic, "x" in args.periodic)
@@ -423,7 +417,6 @@ def sample(args: argparse.Namespace) -> int:
         make_folder(name.parent)
         coco_gan.save_picture(picture, name)
     print(f"{out}: {len(images)} pictures, from {path}")
-    return 0
 
 
 def numbers(form: str, text: str) -> list[int]:

@@ -40,12 +40,11 @@ def near(a, b):
 
 
 def test_positions_known_answers():
-    config = Config()  # 128 px, cells of 16 px
-    found = positions(config, *where([0.0, 0.5], [1 / 8, 1 / 8]), 4, 3, border=2)
+    found = positions(Config(), *where([0.0, 0.5], [1 / 8, 1 / 8]), 4, 3, border=2)  # cells of 16 px
     rows = torch.tensor([-1.375, -1.125, -0.875, -0.625, -0.375, -0.125, 0.125, 0.375])
     columns = torch.tensor([-0.375, -0.125, 0.125, 0.375, 0.625, 0.875, 1.125])
     assert torch.equal(found, torch.stack([rows[:, None].expand(8, 7), columns.expand(8, 7)])[None])  # (y, x)
-    pixels = positions(config, *where([0.0, 0.0], [1 / 128, 1 / 128]), 64, 64)
+    pixels = positions(Config(), *where([0.0, 0.0], [1 / 128, 1 / 128]), 64, 64)
     assert pixels[0, :, 0, 0].tolist() == [-0.9921875, -0.9921875]
     for topology, channels in (("cylinder", 3), ("torus", 4)):
         found = positions(uneven(topology=topology), *where([0.0, 0.0], [1 / 4, 1 / 4]), 3, 8)
@@ -61,9 +60,8 @@ def test_parameter_counts():
     D = locogan.discriminator(Config())
     assert sum(p.numel() for p in D.parameters()) == 2_766_785
     assert [hasattr(layer, "v") for layer in D if isinstance(layer, torch.nn.Conv2d)] == [True] * 4 + [False]
-    for preset in PRESETS.values():
-        with torch.device("meta"):
-            LocoGAN(Config(**preset).check(), torch.device("meta"))
+    with torch.device("meta"):
+        assert all(LocoGAN(Config(**preset).check(), torch.device("meta")) for preset in PRESETS.values())
 
 
 @pytest.mark.parametrize("L, sides", [(4, [12, 20, 36, 68, 65]), (3, [12, 20, 36, 33]), (2, [12, 20, 17])])
@@ -139,11 +137,12 @@ def test_options_of_batches():
     assert torch.corrcoef(torch.cat([first, start], 1).T)[:2, 2:].abs().max() < 0.1
 
 
-def test_which_parameters_each_step_changes(monkeypatch):
-    gan, changes = LocoGAN(uneven(), CPU), []
+def test_which_parameters_each_step_changes_and_at_which_rates(monkeypatch):
+    gan, changes, rates = LocoGAN(uneven(lr_g=4e-3, lr_d=8e-3, slow=1), CPU), [], []
 
     def spy(optimizer, loss):
         before = {name: p.clone() for name, p in gan.named_parameters()}
+        rates.append(optimizer.param_groups[0]["lr"])
         coco_gan.update(optimizer, loss)
         changes.append({name for name, p in gan.named_parameters() if not torch.equal(p, before[name])})
 
@@ -159,6 +158,9 @@ def test_which_parameters_each_step_changes(monkeypatch):
             near(after[f"G_ema.{name}"], after[f"G.{name}"] / 2)
         elif not name.endswith("running_var"):
             assert torch.equal(after[f"G_ema.{name}"], before[f"G.{name}"])
+    gan.step = 1
+    locogan.train_step(gan, *batch_of(gan.config, images, gan.rng), torch.tensor(0.5))
+    assert rates == [8e-3, 4e-3, 2e-3, 1e-3]  # of D and G
 
 
 def test_losses_known_answers():
@@ -229,8 +231,7 @@ def test_resume_is_bit_identical(tmp_path, monkeypatch, data, topology):
         pixels = np.random.default_rng(n).integers(0, 256, (50, 70, 3), np.uint8)
         Image.fromarray(pixels).save(f"photos/{n}.png")
     for flags in ("--run a --steps 4", "--run b --steps 2", "--resume b --steps 4"):
-        more = f"--data {data} --topology {topology} {TINY}"
-        assert locogan.main(["train", *flags.split(), *more.split()]) == 0
+        assert locogan.main(f"train {flags} --data {data} --topology {topology} {TINY}".split()) == 0
     a, b = (torch.load(f"{run}/checkpoint-000000004.pt") for run in "ab")
     assert torch.equal(a["rng"], b["rng"])
     assert all(torch.equal(t, b["tensors"][name]) for name, t in a["tensors"].items())
