@@ -67,7 +67,7 @@ class Config:
     precision: str = option("auto", coco_gan.PRECISIONS, "of the layers of G and D")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches and the noise")
     data: str = option("toy:faces", None, "folder or zip of images, one image, toy:faces or toy:landscapes")
-    crop: str = option("center", CROPS, "how an image gets its size")
+    crop: str = option("auto", CROPS, "what is cut out; squash: nothing, the image is resized")
     every_px: int = option(1, (1, 4096), "crops start at multiples of this many pixels")
     zoom: float = option(1.0, (0.25, 1), "half of the crops have from this part of their side on, enlarged")
     holdout: int = option(0, (0, 10**9), "images kept out of training, for evaluation")

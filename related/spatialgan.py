@@ -2,7 +2,6 @@
 
     python -m related.spatialgan train                      # toy faces that data.py draws, 16 -> 32 pixels
     python -m related.spatialgan train --data ./photos      # a folder or a zip, 16 -> 32 -> 64 pixels
-    python -m related.spatialgan train --sides 32           # one level: the GAN without the cascade
     python -m related.spatialgan sample [--growth]          # from the newest run under runs/spatialgan/
     python -m related.spatialgan sample --expand photo.jpg  # the middle of a photograph, carried on
 
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import coco_gan
-from coco_gan import LAYOUT, DiscriminatorBlock, GeneratorBlock, option
+from coco_gan import LAYOUT, DiscriminatorBlock, GeneratorBlock, cast, option, spectral_norm
 from data import CROPS, UserError, decode_image, make_folder, read_file, reason_of
 from kernels import avg_pool, crop_patches, relu
 
@@ -71,7 +70,7 @@ class Config:
     precision: str = option("auto", coco_gan.PRECISIONS, "of the layers of G and the critics")
     seed: int = option(0, (0, 2**63 - 1), "seed of the weights, the batches and the latents")
     data: str = option("toy:faces", None, "folder or zip of images, toy:faces or toy:landscapes")
-    crop: str = option("center", CROPS, "how an image gets its size")
+    crop: str = option("auto", CROPS, "what is cut out; squash: nothing, the image is resized")
     mirror: bool = option(False, None, "mirror half of the real images")
     holdout: int = option(0, (0, 10**9), "images kept out of training, for evaluation")
 
@@ -93,8 +92,7 @@ class Config:
             hint = f"give 4, 8, 16, 32, … first, then ever larger multiples of {unit}, 2 to the --halvings"
             raise UserError(f"--sides {self.sides} do not fit; {hint}")
         if self.batch_size % self.pack or self.batch_size < 2 * self.pack:
-            hint = f"give 2, 3, … times --pack {self.pack}"
-            raise UserError(f"--batch-size {self.batch_size} does not make groups; {hint}")
+            raise UserError(f"--batch-size {self.batch_size} is not 2, 3, … times --pack {self.pack}")
         if self.stage_steps == -1:
             share = 5 * self.steps // (6 * (self.N + 1)) if self.N else self.steps
             return dataclasses.replace(self, stage_steps=share)
@@ -106,7 +104,6 @@ class Config:
 
 # λ_i of equation 4 (section 4); 1 for the centre. Deviation: the paper ends at 3; we go on with 1.5 times.
 LAMBDA = 1, 1.25, 2, 3, 4.5, 6.75, 10.1, 15.2
-
 # The presets for CPUs are ours, and so are batch and steps of the paper's, which does not give them.
 CPU = dict(halvings=3, z_dim=64, width_g=8, most_g=64, width_d=8, attention=False, loss="wgan")
 CPU |= dict(lambda_gp=1.0, lr_g=1e-3, lr_d=2e-3, d_steps=1, batch_size=16)
@@ -291,19 +288,17 @@ def train_step(gan: SpatialGAN, x, z, epsilon, _) -> torch.Tensor:
 
     # The LSTM learns with G_1 and with all. Between them it is the EMA's, so that the input of G_1 stays.
     nets = [(G if i in learning else G_ema).levels[i] for i in range(learning[-1] + 1)]
-    G_sn = [coco_gan.spectral_norm(net, True) if net.training else net.state_dict() for net in nets]
-    G_cast = [coco_gan.cast(gan, parameters) for parameters in G_sn]
+    G_sn = [spectral_norm(net, True) if net.training else net.state_dict() for net in nets]
     parts = (t.chunk(config.d_steps, dim) for t, dim in ((x, 0), (z, 1), (epsilon, 2)))
     for x_d, z_d, epsilon_d in zip(*parts):
         IP, conditions = [], (G if 1 in learning else G_ema).conditions(z_d)
-        for net, parameters, condition in zip(nets, G_cast, conditions):
-            IP.append(functional_call(net, parameters, (condition, *IP[-1:])))
+        for net, parameters, condition in zip(nets, G_sn, conditions):
+            IP.append(functional_call(net, cast(gan, parameters), (condition, *IP[-1:])))
         losses, loss = torch.zeros(N + 3, device=gan.device), 0
         for i in learning:
             x_j, s_j = (middle(t, config.s[i], config.pack) for t in (x_d, IP[i].detach()))
             for j, D_j in enumerate(gan.D[i]):  # equation 5
-                D_sn = coco_gan.cast(gan, coco_gan.spectral_norm(D_j, iterate=True))
-                score = functools.partial(functional_call, D_j, D_sn)
+                score = functools.partial(functional_call, D_j, cast(gan, spectral_norm(D_j, iterate=True)))
                 of_x, of_s = score(torch.cat([x_j, s_j])).chunk(2)
                 if config.loss == "hinge":
                     L = F.relu(1 - of_x).mean() + F.relu(1 + of_s).mean()
@@ -330,9 +325,8 @@ def train_step(gan: SpatialGAN, x, z, epsilon, _) -> torch.Tensor:
     for i in learning:
         s_j = middle(IP[i], config.s[i], config.pack)
         for D_j in gan.D[i]:
-            D_sn = {name: p.detach() for name, p in coco_gan.spectral_norm(D_j, iterate=False).items()}
-            score = functional_call(D_j, coco_gan.cast(gan, D_sn), s_j)
-            loss = loss - (LAMBDA[i] if phase > N else 1) * score.mean()
+            D_sn = cast(gan, {name: p.detach() for name, p in spectral_norm(D_j, iterate=False).items()})
+            loss = loss - (LAMBDA[i] if phase > N else 1) * functional_call(D_j, D_sn, s_j).mean()
             s_j = avg_pool(s_j)
     coco_gan.update(gan.opt_G, loss)
     return losses
@@ -401,9 +395,8 @@ def load(path: Path, device: str | torch.device = "cpu") -> Generator:
 
 
 def choose_preset(args, device: torch.device) -> str:
-    """--preset, or the default for these images on this device."""
-    toys = getattr(args, "data", Config.data).startswith("toy:")
-    return args.preset or ("spatial256" if device.type == "cuda" else "toy" if toys else "faces")
+    on_cpu = "toy" if getattr(args, "data", Config.data).startswith("toy:") else "faces"
+    return args.preset or ("spatial256" if device.type == "cuda" else on_cpu)
 
 
 def train(args) -> int:
@@ -418,14 +411,13 @@ def train(args) -> int:
         with coco_gan.lock_run(run):
             resumed = coco_gan.resume(run, given, device, load_images_of, SpatialGAN)
             return coco_gan.train_loop(*resumed, run, args, *functions)
-    preset = choose_preset(args, device)
-    config = Config(**PRESETS[preset] | given).check()
+    config = Config(**PRESETS[preset := choose_preset(args, device)] | given).check()
     stored, run = load_images_of(config), coco_gan.new_run(args.run, f"spatialgan/{preset}")
     with coco_gan.lock_run(run):
         return coco_gan.train_loop(SpatialGAN(config, device), stored, run, args, *functions)
 
 
-def sample(args) -> int:
+def sample(args) -> None:
     """`sample`: from a checkpoint to a picture, or to one picture per seed in a folder."""
     device = coco_gan.choose_device(args.device, args.impl)
     path = coco_gan.find_checkpoint(args.checkpoint, root="runs/spatialgan")
@@ -441,7 +433,6 @@ def sample(args) -> int:
         make_folder(name.parent)
         coco_gan.save_picture(draw(G, some, args), name)
     print(f"{out}: {len(seeds)} images, from {path}")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.func import functional_call
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
@@ -53,8 +54,7 @@ def spy(monkeypatch):
     calls, original = [], spatialgan.functional_call
 
     def apply(net, parameters, inputs):
-        first = inputs[0] if isinstance(inputs, tuple) else inputs
-        calls.append((net, first, original(net, parameters, inputs)))
+        calls.append((net, inputs[0] if type(inputs) is tuple else inputs, original(net, parameters, inputs)))
         return calls[-1][-1]
 
     monkeypatch.setattr(spatialgan, "functional_call", apply)
@@ -73,10 +73,10 @@ def test_presets_train_one_level_after_the_other_and_then_all(name):
         (dict(sides="16;32"), "--sides 16;32 do not fit"),
         (dict(sides="12,32"), "--sides 12,32 do not fit"),
         (dict(sides="16,34"), "--sides 16,34 do not fit; give 4, 8, 16, .* larger multiples of 4, 2 to"),
-        (dict(batch_size=10, pack=4), "--batch-size 10 does not make groups; give 2, 3, … times --pack 4"),
+        (dict(batch_size=10, pack=4), "--batch-size 10 is not 2, 3, … times --pack 4"),
         (dict(stage_steps=3, steps=8), "--stage-steps 3 for 3 levels are more than --steps 8"),
         (dict(sides="16,8"), "--sides 16,8 do not fit"),
-        (dict(pack=4), "--batch-size 4 does not make groups"),
+        (dict(pack=4), "--batch-size 4 is not 2"),
     ],
 )
 def test_bad_configurations_are_named(change, message):
@@ -100,12 +100,12 @@ def test_the_context_stays_to_the_bit_and_nothing_marks_the_edges(sides, precisi
     gan = SpatialGAN(config, CPU).train(training)
     for net, condition in zip(gan.G.levels, gan.G.conditions(spatialgan.latents(range(4), config))):
         parameters = coco_gan.cast(gan, dict(net.named_parameters()))
-        IP.append(spatialgan.functional_call(net, parameters, (condition, *IP[-1:])))
+        IP.append(functional_call(net, parameters, (condition, *IP[-1:])))
     assert [tuple(patch.shape) for patch in IP] == [(4, 3, s, s) for s in config.s]
     for before, after in zip(IP, IP[1:]):
         assert torch.equal(middle(after, before.shape[2]), before) and after.abs().max() <= 1
         assert after[:, :, 0].any() and after[:, :, :, -1].any()  # the frame is not empty
-    frame = coco_gan.apply_network(gan, net, dict(net.named_parameters()), condition, before[:, :, :0, :0])
+    frame = functional_call(net, parameters, (condition, before[:, :, :0, :0]))
     assert (frame - frame[:, :, :1, :1]).abs().max() < 0.01  # without a context nothing marks the edges
 
 
