@@ -253,7 +253,7 @@ def coordinates(G: Generator, args: argparse.Namespace) -> np.ndarray:
     i, j = (torch.tensor([[index]]) for index in inside(args.at or (last[0] // 2, last[1] // 2), last))
     y, x = (positions(n, args.steps, closed) for n, closed in zip((config.R, config.K), config.closed))
     first, blocks = S + 8, []  # first: where the patches of figure 25 begin, in both directions
-    for seed, z in zip(args.seed, latents(args.seed, config.z_dim)):
+    for seed, z in zip(args.seed, counted(latents(args.seed, config.z_dim), len(args.seed), "latents")):
         inner = patch_grid(G, z, y[:, None], x[None])
         block = np.full((first + len(inner), first + len(inner), 3), 255, np.uint8)
         block[first:, first:] = inner
@@ -307,7 +307,7 @@ def mix(G: Generator, args: argparse.Namespace) -> np.ndarray:
     A, hard, B = torch.zeros(K), (torch.arange(K) >= K // 2).float(), torch.ones(K)
     edges = (A, A), (hard, hard), (weight[:-1], weight[1:]), (B, B)  # how much of B, left and right
     rows, z = [], latents(args.seed, G.config.z_dim)
-    for a, b in zip(z, z[1:]):
+    for a, b in counted(zip(z, z[1:]), len(z) - 1, "pairs"):
         rows.append([faded_image(G, slerp(a, b, left), slerp(a, b, right)) for left, right in edges])
     names = [f"seeds {a}, {b}" for a, b in zip(args.seed, args.seed[1:])]
     return sheet(rows, args.zoom, names, ["A", "A beside B", "A into B", "B"])
