@@ -108,7 +108,7 @@ LAMBDA = 1, 1.25, 2, 3, 4.5, 6.75, 10.1, 15.2
 CPU = dict(halvings=3, z_dim=64, width_g=8, most_g=64, width_d=8, attention=False, loss="wgan")
 CPU |= dict(lambda_gp=1.0, lr_g=1e-3, lr_d=2e-3, d_steps=1, batch_size=16)
 PRESETS = {
-    "toy": dict(sides="16,32", steps=5_000, **CPU),
+    "toy": dict(sides="16,32", steps=4_800, **CPU),
     "faces": dict(sides="16,32,64", steps=9_000, **CPU),
     "spatial256": dict(stage_steps=100_000),
 }
