@@ -174,10 +174,10 @@ class Config:
     def loss_weights(self) -> tuple[float, float, float]:
         """λ, α and the weight of L_Q as they multiply the losses.
 
-        The paper's results are its authors' code's, whose penalty asks for a slope of 1 in each column and
-        channel by itself. ‖∇D‖ of such a D is k = √(columns · channels). Divided by k it has a slope of 1, as
-        in equation 3, with λ and α divided by k, too. L_S there is the mean over the values of c', not their
-        sum. "scaled" are these weights (docs/paper.md).
+        The paper's results come from its authors' code, whose penalty asks for a slope of 1 in each column
+        and channel by itself. ‖∇D‖ of such a D is k = √(columns · channels). Divided by k it has a slope of
+        1, as in equation 3, with λ and α divided by k, too. L_S there is the mean over the values of c', not
+        their sum. --weights scaled selects these weights (docs/paper.md).
         """
         if self.weights == "plain":
             return self.lambda_gp, self.alpha_s, self.alpha_q
@@ -373,7 +373,7 @@ def init_weights(net: nn.Module) -> None:
 class _Normalize(torch.autograd.Function):
     """Each W/σ, σ = ‖W v‖, of all layers at once. For v constant, ∂σ/∂W = u vᵀ with u = W v / σ.
 
-    Autograd's formulas start three times as many kernels, most of them for a few numbers.
+    Autograd's formulas have half as many operations again, most of them on a few numbers.
     """
 
     @staticmethod
@@ -638,7 +638,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
     index, top, left, mirror, i, j, z, epsilon = (
         t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)
     )
-    if images.device != device:  # too many for the GPU: a quarter of the bytes, and of the work for the CPU
+    if images.device != device:  # where they are too many for a GPU: copied as bytes, converted there
         images = to_device(cut_bytes(images, index, top, left, h, w), device)
         index, top, left = torch.arange(len(index)), 0 * top, 0 * left
     crop = (to_device(t, images.device) for t in (index, top, left))
@@ -952,6 +952,8 @@ def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
 def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
+    if getattr(args, "image_size", None) and {"height", "width"} & {*given}:
+        raise UserError("--image-size gives --height and --width; leave out one or the others")
     return given | dict(zip(("height", "width"), getattr(args, "image_size", None) or ()))
 
 
@@ -1113,7 +1115,7 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
     config, device, fingerprint = gan.config, gan.device, fingerprint_of(stored)
     if gan.step >= config.steps:
         more = f"to go on: python {gan.COMMAND} train --resume {run} --steps {2 * gan.step}"
-        print(f"{run} has done its {config.steps:,} steps; {more}")
+        print(f"{run} has done its {gan.step:,} steps; {more}")
         return 0
     indices, _ = split(len(stored), config.holdout)
     images, board = torch.from_numpy(stored), None
@@ -1182,7 +1184,8 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
         return 128 + stopped
     if RANK == 0:
         save_progress(run)
-        save_indicators(run)
+        if "L_W" in gan.LOSSES:  # what figure 29 shows
+            save_indicators(run)
     print(f"done: {run}/latest.png\nfor more: python {gan.COMMAND} sample --checkpoint {run}")
     return 0
 
@@ -1221,16 +1224,16 @@ def train(args: argparse.Namespace) -> int:
         if args.source is None:
             name, weights = choose_preset(args, device), {}
             print(f"preset {name}" + f", the default for these images on {device}" * (not args.preset))
-            config = Config(**PRESETS[name] | given).check()
+            config = Config(**PRESETS[name] | given)
         else:
             path = find_checkpoint(args.source, args.panorama)
             config, contents = read_checkpoint(path)
-            config = dataclasses.replace(config, **given).check()
+            config = dataclasses.replace(config, **given)
             name, weights = path.resolve().parent.name, contents["tensors"]
         if args.panorama and config.topology != "cylinder":
             is_not = f"{name} or --topology {config.topology} is none"
             raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
-        stored, gan = load_stored(config, args.cache), COCOGAN(config, device)
+        stored, gan = load_stored(config.check(), args.cache), COCOGAN(config, device)
         if data.report_originals(stored) and config.topology == "plane":
             print("most are at least twice as wide as high, like panoramas: add --panorama")
         if len(stored) - config.holdout < 1000:
@@ -1330,6 +1333,7 @@ def run_command(parser: Parser, act, argv: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
     except (UserError, OSError) as error:
+        data.progress()
         print(f"error: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate memory|ALLOC_FAILED|MemoryError", f"{error!r}"):

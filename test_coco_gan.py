@@ -24,6 +24,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import typing
 import zipfile
 import zlib
@@ -354,14 +355,17 @@ def test_batches_are_real_crops_at_their_coordinates(mirror):
     torch.testing.assert_close(c_micro.view(200, 6, 2)[:, 0, 0], (c_macro[:, 0] - 0.5) / 1.5)
 
 
-def test_images_too_many_for_a_gpu_are_cut_on_the_cpu():
+def test_images_too_many_for_a_gpu_are_cut_on_the_cpu(monkeypatch):
     """The patches that are copied, as bytes, make the batch that the images on the GPU would make."""
-    images = torch.randint(256, (5, 16, 24, 3), dtype=torch.uint8)
-    index, top, left = torch.tensor([[4, 0, 1, 1], [0, 13, -3, 4], [12, -5, 20, 31]])
-    patches, zeros = coco_gan.cut_bytes(images, index, top, left, 8, 12), torch.zeros(4, dtype=torch.int64)
-    assert patches.dtype == torch.uint8
-    x = kernels.crop_patches(patches, torch.arange(4), zeros, zeros, 8, 12, mirror=index > 0)
-    assert torch.equal(x, kernels.crop_patches(images, index, top, left, 8, 12, mirror=index > 0))
+    config = dataclasses.replace(TORUS, batch_size=64, yaw=True, mirror=True)
+    images, copied = random_images(config), []
+    draw = functools.partial(coco_gan.draw_batch, config, images, torch.arange(len(images)))
+    expected = draw(torch.Generator().manual_seed(0), CPU)
+    monkeypatch.setattr(coco_gan, "to_device", lambda tensor, device: copied.append(tensor) or tensor)
+    gpu = types.SimpleNamespace(type="cuda")
+    assert all(map(torch.equal, draw(torch.Generator().manual_seed(0), gpu), expected))
+    assert copied[0].shape == (64, config.N * config.S, config.M * config.S, 3)
+    assert copied[0].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("yaw", [False, True])
@@ -1064,6 +1068,9 @@ def test_auto_crops_as_the_paper_where_all_images_are_aligned_celeba(here, capsy
     np.testing.assert_array_equal(load(source, 128, 128), [cut, cut])
     assert "get the paper's crop:\nrows 50 to 177, columns 25 to 152" in capsys.readouterr().out
     assert load(source, 218, 178).shape == (2, 218, 178, 3)  # not of square images
+    junk = fill(here / "junk", {"a.png": b"junk"})
+    with pytest.raises(coco_gan.UserError, match="none of the 1 images can be used"):
+        load(junk, 128, 128)
     fill(here / "photos", {"d.png": other})
     np.testing.assert_array_equal(load(source, 128, 128)[0], data.decode_image(faces, 128, 128, "center"))
     assert "crop" not in capsys.readouterr().out
@@ -2109,6 +2116,7 @@ BAD = [
     ("train --log-every 0", "argument --log-every: '0' is no whole number from 1 on"),
     ("train --hight 64", "--hight 64 (did you mean --height?); see python coco_gan.py train --help"),
     ("sample --lambda-gp=3", "unrecognized arguments: --lambda-gp=3; see python coco_gan.py sample --help"),
+    ("train --image-size 64 --width 96", "--image-size gives --height and --width; leave out one"),
     ("train --image-size 64x", "argument --image-size: '64x' is no HEIGHTxWIDTH"),
     ("train --gpu", "--device cuda is not available; give auto, cpu, cuda"),
     ("train --data nowhere", "--data nowhere does not exist"),
@@ -2117,6 +2125,10 @@ BAD = [
     (
         "train --panorama --preset tiny",
         "--panorama needs a cylinder, and tiny or --topology plane is none; leave one",
+    ),
+    (
+        "train --panorama --preset panorama --topology plane",
+        "--panorama needs a cylinder, and panorama or --topology plane is none; leave one",
     ),
     ("train --resume --preset tiny", "--resume keeps the run's preset and folder; leave out --preset"),
     ("train --resume nowhere", "nowhere is no checkpoint and no run folder with one"),

@@ -136,7 +136,8 @@ def post_train(args: argparse.Namespace) -> int:
         while not last:
             ema_weight = core.to_device(core.ema_weight(config, gan.step), device)
             losses.append(core.train_step(gan, *core.draw_batch(*draws), ema_weight))
-            margin_step(gan, opt_G, margin, core.draw_batch(*draws)[3])
+            z = core.sample_latents(gan.config.batch_size, gan.config.z_dim, gan.rng)
+            margin_step(gan, opt_G, margin, core.to_device(z, device))
             gan.step += 1
             release_pages(stored)
             last = bool(signals) or gan.step == gan.config.steps

@@ -171,7 +171,7 @@ class Expansion(nn.Module):
         self.attention = Attention(C[k]) if attention else nn.Identity()
         self.norm = nn.BatchNorm2d(C[0])
         self.conv2 = nn.Conv2d(C[0] + 4 * config.unet, 3, 3, padding=1)
-        for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+        for layer in (m for m in self.modules() if isinstance(m, nn.Conv2d) and m.padding != (0, 0)):
             layer.padding_mode = "replicate"  # zero padding leaves stripes at the edge of the image
         coco_gan.init_weights(self)
 
@@ -256,7 +256,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
 class SpatialGAN(nn.Module):
     """All that training changes: networks, optimizers, random numbers and the count of steps."""
 
-    Config, FORMAT = Config, "spatialgan checkpoint 1"
+    Config, FORMAT = Config, "spatialgan checkpoint 2"
     LEGEND = "P: the phase; W: the critics' losses by level; GP: L_GP"
     COMMAND = "-m related.spatialgan"
 

@@ -61,7 +61,8 @@ def test_parameter_counts():
     assert sum(p.numel() for p in D.parameters()) == 2_766_785
     assert [hasattr(layer, "v") for layer in D if isinstance(layer, torch.nn.Conv2d)] == [True] * 4 + [False]
     with torch.device("meta"):
-        assert all(LocoGAN(Config(**preset).check(), torch.device("meta")) for preset in PRESETS.values())
+        for preset in PRESETS.values():
+            LocoGAN(Config(**preset).check(), torch.device("meta"))
 
 
 @pytest.mark.parametrize("L, sides", [(4, [12, 20, 36, 68, 65]), (3, [12, 20, 36, 33]), (2, [12, 20, 17])])
