@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 try:
@@ -259,20 +258,6 @@ def choose_precision(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16 and has_bf16() else "fp32"
 
 
-class _Cast(torch.autograd.Function):
-    """Tensors in another type, by one kernel instead of one for each."""
-
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        results = [torch.empty_like(t, dtype=dtype) for t in tensors]
-        torch._foreach_copy_(results, tensors)
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, *_Cast.apply(torch.float32, *gradients)
-
-
 def cast(gan: nn.Module, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The parameters, those of convolutions in bfloat16 if that is the precision of gan.
 
@@ -283,7 +268,7 @@ def cast(gan: nn.Module, parameters: dict[str, torch.Tensor]) -> dict[str, torch
         return parameters
     layers = {name.rpartition(".")[0] for name, p in parameters.items() if p.dim() == 4}
     given = {name: p for name, p in parameters.items() if name.rpartition(".")[0] in layers}
-    return parameters | dict(zip(given, _Cast.apply(torch.bfloat16, *given.values())))
+    return parameters | dict(zip(given, kernels.cast_tensors(torch.bfloat16, *given.values())))
 
 
 def make_adam(groups: list[dict], config: Config, device: torch.device) -> torch.optim.Adam:
@@ -370,29 +355,6 @@ def init_weights(net: nn.Module) -> None:
     net.to(memory_format=LAYOUT)
 
 
-class _Normalize(torch.autograd.Function):
-    """Each W/σ, σ = ‖W v‖, of all layers at once. For v constant, ∂σ/∂W = u vᵀ with u = W v / σ.
-
-    Autograd's formulas have half as many operations again, most of them on a few numbers.
-    """
-
-    @staticmethod
-    def forward(ctx, v, *weights):
-        Wv = [W.flatten(1) @ v_ for W, v_ in zip(weights, v)]
-        sigma = torch._foreach_norm(Wv)
-        ctx.save_for_backward(*weights, *v, *torch._foreach_div(Wv, sigma), *sigma)
-        return tuple(torch._foreach_div(weights, sigma))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W/σ⟩ u vᵀ) / σ
-        n, saved = len(dW_sn), ctx.saved_tensors
-        weights, v, u, sigma = (saved[k * n : (k + 1) * n] for k in range(4))
-        along = torch._foreach_div([product.sum() for product in torch._foreach_mul(dW_sn, weights)], sigma)
-        uv = [torch.outer(u_, v_).view_as(d) for u_, v_, d in zip(torch._foreach_mul(u, along), v, dW_sn)]
-        return None, *torch._foreach_div(torch._foreach_sub(dW_sn, uv), sigma)
-
-
 def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
     """The parameters of net, with each weight W of a convolution or linear layer divided by σ(W).
 
@@ -409,7 +371,7 @@ def spectral_norm(net: nn.Module, iterate: bool) -> dict[str, torch.Tensor]:
             u = [W_ @ v_ for W_, v_ in zip(W, v)]
             new = [W_.T @ u_ for W_, u_ in zip(W, u)]
             torch._foreach_copy_(v, torch._foreach_div(new, torch._foreach_norm(new)))
-    return dict(net.named_parameters()) | dict(zip(layers, _Normalize.apply(v, *weights)))
+    return dict(net.named_parameters()) | dict(zip(layers, kernels.normalize(v, *weights)))
 
 
 @torch.no_grad()
@@ -604,16 +566,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def cut_bytes(images, index, top, left, height, width) -> torch.Tensor:
-    """Patches of images (n, H, W, 3), as `crop_patches` cuts them, but uint8: (B, height, width, 3)."""
-    H, W, patches = *images.shape[1:3], torch.empty(len(index), height, width, 3, dtype=torch.uint8)
-    for patch, i, y, x in zip(patches, index.tolist(), (top % H).tolist(), (left % W).tolist()):
-        h, w = min(height, H - y), min(width, W - x)  # what is left of the border; the rest is beyond it
-        for part, rows in ((patch[:h], images[i, y : y + h]), (patch[h:], images[i, : height - h])):
-            part[:, :w], part[:, w:] = rows[:, x : x + w], rows[:, : width - w]
-    return patches
-
-
 def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tensor]:
     """Draw images, positions and latents, uniformly. On the CPU: a seed means the same batches on any device.
 
@@ -639,7 +591,7 @@ def draw_batch(config: Config, images, indices, rng, device) -> list[torch.Tenso
         t.chunk(WORLD)[RANK] for t in (index, top, left, mirror, i, j, z, epsilon)
     )
     if images.device != device:  # where they are too many for a GPU: copied as bytes, converted there
-        images = to_device(cut_bytes(images, index, top, left, h, w), device)
+        images = to_device(kernels.cut_bytes(images, index, top, left, h, w), device)
         index, top, left = torch.arange(len(index)), 0 * top, 0 * left
     crop = (to_device(t, images.device) for t in (index, top, left))
     x_macro = crop_patches(images, *crop, h, w, mirror=to_device(mirror, images.device))
@@ -724,9 +676,11 @@ def train_step(gan: COCOGAN, x_macro, c_macro, C_micro, z, epsilon, weight) -> t
     # G_sn shares with G: all but the normalized weights. Deviation: the paper samples from G itself.
     with torch.no_grad():
         now = G.state_dict() | G_sn
-        names, averages = zip(*((n, t) for n, t in gan.G_ema.state_dict().items() if t.is_floating_point()))
-        way = torch._foreach_sub([now[name] for name in names], averages)
-        torch._foreach_add_(averages, torch._foreach_mul(way, weight))
+        averages = {name: t for name, t in gan.G_ema.state_dict().items() if t.is_floating_point()}
+        ways = torch._foreach_sub([now[name] for name in averages], [*averages.values()])
+        torch._foreach_add_(
+            [*averages.values()], torch._foreach_mul(ways, weight)
+        )  # weight · (now - average)
 
     # G: minimise L_W + α L_S(s') by way of the updated D, whose parameters are detached: they get no gradient
     nets = [spectral_norm(net, iterate=False) if net else {} for net in (D, A, Q)]
@@ -793,6 +747,11 @@ def full_image(
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_images(G: Generator, z: torch.Tensor, *part: range) -> Iterator[np.ndarray]:
+    """The `full_image` of each latent vector in z (B, z_dim), one by one and counted: (1, H, W, 3) uint8."""
+    return data.counted((to_uint8(full_image(G, one, *part)) for one in z.split(1)), len(z), "images")
 
 
 def pictures(G: Generator, seeds: Iterable[int], **part: range) -> list[Image.Image]:
@@ -952,9 +911,10 @@ def choose_preset(args: argparse.Namespace, device: torch.device) -> str:
 def given_fields(args: argparse.Namespace, config_type: type) -> dict:
     """The fields of a configuration that are on the command line."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if f.name in args}
-    if getattr(args, "image_size", None) and {"height", "width"} & {*given}:
+    size = getattr(args, "image_size", None) or ()
+    if size and {"height", "width"} & {*given}:
         raise UserError("--image-size gives --height and --width; leave out one or the others")
-    return given | dict(zip(("height", "width"), getattr(args, "image_size", None) or ()))
+    return given | dict(zip(("height", "width"), size))
 
 
 def load_stored(config: Config, cache: str) -> np.ndarray:
@@ -1098,12 +1058,19 @@ def save_progress(run: Path) -> None:
     write_file(run / "progress.gif", file.getvalue())
 
 
-def save_indicators(run: Path) -> None:
-    """indicators.png, the log of a run as figure 29, where experiments/plot.py and matplotlib are there."""
-    with contextlib.suppress(ImportError, UserError):  # of a log that cannot be drawn
-        from experiments.plot import save_plot
+def save_indicators(gan: nn.Module, run: Path) -> None:
+    """indicators.png: the losses over the steps (figure 29), where matplotlib is installed."""
+    with contextlib.suppress(ImportError, ValueError):  # or of a log with a line that a kill cut short
+        from matplotlib.figure import Figure
 
-        save_plot([str(run)], run / "indicators.png")
+        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        names = [name for name in gan.LOSSES if name in entries[0]]
+        figure, file = Figure(figsize=(3 * len(names), 3), dpi=150, layout="constrained"), io.BytesIO()
+        for axes, name in zip(figure.subplots(1, len(names)), names):
+            axes.plot([entry["step"] for entry in entries], [entry[name] for entry in entries], ".-")
+            axes.set(title=name, xlabel="step")
+        figure.savefig(file)
+        write_file(run / "indicators.png", file.getvalue())
 
 
 def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
@@ -1184,8 +1151,7 @@ def train_loop(gan, stored, run, args, draw_batch, train_step, show) -> int:
         return 128 + stopped
     if RANK == 0:
         save_progress(run)
-        if "L_W" in gan.LOSSES:  # what figure 29 shows
-            save_indicators(run)
+        save_indicators(gan, run)
     print(f"done: {run}/latest.png\nfor more: python {gan.COMMAND} sample --checkpoint {run}")
     return 0
 
@@ -1222,14 +1188,14 @@ def train(args: argparse.Namespace) -> int:
         raise UserError("--from starts a new run like the one it names; leave out --preset and --resume")
     if args.resume is None:
         if args.source is None:
-            name, weights = choose_preset(args, device), {}
+            name, tensors = choose_preset(args, device), {}
             print(f"preset {name}" + f", the default for these images on {device}" * (not args.preset))
             config = Config(**PRESETS[name] | given)
         else:
             path = find_checkpoint(args.source, args.panorama)
             config, contents = read_checkpoint(path)
             config = dataclasses.replace(config, **given)
-            name, weights = path.resolve().parent.name, contents["tensors"]
+            name, tensors = path.resolve().parent.name, contents["tensors"]
         if args.panorama and config.topology != "cylinder":
             is_not = f"{name} or --topology {config.topology} is none"
             raise UserError(f"--panorama needs a cylinder, and {is_not}; leave one of them out")
@@ -1238,8 +1204,8 @@ def train(args: argparse.Namespace) -> int:
             print("most are at least twice as wide as high, like panoramas: add --panorama")
         if len(stored) - config.holdout < 1000:
             print("fewer than 1,000 images, which G may learn by heart: add some, or --mirror")
-        if weights:
-            copy_weights(gan, weights)
+        if tensors:
+            copy_weights(gan, tensors)
         run = new_run(args.run, name)
         with lock_run(run):
             return train_loop(gan, stored, run, args, draw_batch, train_step, show)
@@ -1271,8 +1237,7 @@ def sample(args: argparse.Namespace) -> int:
     files = {out: seeds}
     if out.is_dir() or str(args.out).endswith("/"):
         files = {out / f"seed-{seed:06d}.png": [seed] for seed in seeds}
-    drawn = (to_uint8(full_image(G, z[None], *spans)) for z in latents(seeds, G.config.z_dim))
-    drawn = data.counted(drawn, len(seeds), "images")
+    drawn = draw_images(G, latents(seeds, G.config.z_dim), *spans)
     for name, some in files.items():
         images = np.concatenate([*itertools.islice(drawn, len(some))])
         make_folder(name.parent)

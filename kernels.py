@@ -24,6 +24,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -480,6 +481,57 @@ def _crop_patches_kernel(images_ptr, patches_ptr, index_ptr, top_ptr, left_ptr, 
     value = tl.div_rn(tl.load(images_ptr + pixel * 3 + j % 3, mask, other=0).to(tl.float32), 127.5) - 1
     value = tl.where(known, value, float("nan"))
     tl.store(patches_ptr + (b * height + y) * 3 * width + j, value.to(patches_ptr.dtype.element_ty), mask)
+
+
+def cut_bytes(images, index, top, left, height, width) -> torch.Tensor:
+    """Patches of images (n, H, W, 3), as `crop_patches` cuts them, but uint8: (B, height, width, 3)."""
+    H, W, patches = *images.shape[1:3], torch.empty(len(index), height, width, 3, dtype=torch.uint8)
+    for patch, i, y, x in zip(patches, index.tolist(), (top % H).tolist(), (left % W).tolist()):
+        h, w = min(height, H - y), min(width, W - x)  # what is left of the border; the rest is beyond it
+        for part, rows in ((patch[:h], images[i, y : y + h]), (patch[h:], images[i, : height - h])):
+            part[:, :w], part[:, w:] = rows[:, x : x + w], rows[:, : width - w]
+    return patches
+
+
+# ---- Many tensors at once: casts, and spectral normalization ---------------------------------------------
+class _Cast(torch.autograd.Function):
+    """cast_tensors(dtype, *tensors): in another type, by one kernel instead of one for each."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        results = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(results, tensors)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *_Cast.apply(torch.float32, *gradients)
+
+
+class _Normalize(torch.autograd.Function):
+    """normalize(v, *weights): each W/σ, σ = ‖W v‖. For v constant, ∂σ/∂W = u vᵀ with u = W v / σ.
+
+    Autograd's formulas have half as many operations again, most of them on a few numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, v, *weights):
+        Wv = [W.flatten(1) @ v_ for W, v_ in zip(weights, v)]
+        sigma = torch._foreach_norm(Wv)
+        ctx.save_for_backward(*weights, *v, *torch._foreach_div(Wv, sigma), *sigma)
+        return tuple(torch._foreach_div(weights, sigma))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dW_sn):  # dW = (dW_sn - ⟨dW_sn, W/σ⟩ u vᵀ) / σ
+        n, saved = len(dW_sn), ctx.saved_tensors
+        weights, v, u, sigma = (saved[k * n : (k + 1) * n] for k in range(4))
+        along = torch._foreach_div([product.sum() for product in torch._foreach_mul(dW_sn, weights)], sigma)
+        uv = [torch.outer(u_, v_).view_as(d) for u_, v_, d in zip(torch._foreach_mul(u, along), v, dW_sn)]
+        return None, *torch._foreach_div(torch._foreach_sub(dW_sn, uv), sigma)
+
+
+cast_tensors, normalize = _Cast.apply, _Normalize.apply
 
 
 # ---- ReLU and pooling for D, whose gradient penalty differentiates a gradient ----------------------------

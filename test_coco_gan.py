@@ -717,7 +717,7 @@ def test_a_run_that_has_done_its_steps_is_done(copied, capsys):
 def test_indicators_of_a_broken_log_are_left_out(copied):
     (copied / "indicators.png").unlink(missing_ok=True)
     (copied / "log.jsonl").write_text("broken\n")
-    coco_gan.save_indicators(copied)
+    coco_gan.save_indicators(COCOGAN, copied)
     assert not (copied / "indicators.png").exists()
 
 
@@ -2191,7 +2191,8 @@ def test_the_three_files_import_flat_and_from_a_package(here):
         )
         *lines, status = result.stdout.splitlines()
         assert lines[0] == "torch.Size([1, 3, 64, 64])" and status == "0", result.stderr
-        assert not (here / cwd / "run/indicators.png").exists()
+        drawn = importlib.util.find_spec("matplotlib") is not None
+        assert (here / cwd / "run/indicators.png").exists() == drawn
 
 
 def test_each_section_uses_only_what_stands_above_it():

@@ -93,8 +93,7 @@ def sheet(rows, zoom: int, names, steps=()) -> np.ndarray:
 
 def draw_images(G: Generator, z: torch.Tensor, *part: range) -> np.ndarray:
     """The full images of latents (n, z_dim), or the part of them in rows and columns: (n, h, w, 3) uint8."""
-    made = (to_uint8(full_image(G, one, *part)) for one in z.split(1))
-    return np.concatenate([*counted(made, len(z), "images")])
+    return np.concatenate([*core.draw_images(G, z, *part)])
 
 
 def inside(at, last) -> tuple[int, int]:

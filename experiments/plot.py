@@ -95,23 +95,17 @@ def draw(logs: dict[str, list[dict]]):
     return figure
 
 
-def save_plot(runs: list[str], out: Path) -> None:
-    """Draw the indicators of runs into a file. Raises: UserError, and ImportError without matplotlib."""
-    logs = {run: read_log(run) for run in runs}
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(draw(logs))
-    canvas.draw()
-    make_folder(out.parent)
-    save_picture(np.array(canvas.buffer_rgba())[..., :3], out)
-
-
 def plot(args: argparse.Namespace) -> None:
-    out = Path(args.out or Path(args.runs[0]) / "indicators.png")
+    logs = {run: read_log(run) for run in args.runs}
     try:
-        save_plot(args.runs, out)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise UserError("plots need matplotlib; get it by: pip install matplotlib") from error
+    canvas = FigureCanvasAgg(draw(logs))
+    canvas.draw()
+    out = Path(args.out or Path(args.runs[0]) / "indicators.png")
+    make_folder(out.parent)
+    save_picture(np.array(canvas.buffer_rgba())[..., :3], out)
     print(out)
 
 
